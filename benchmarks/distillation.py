@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from genai_pl.api import train
@@ -29,7 +30,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=24, help="of 512 tokens")
     parser.add_argument("--rates", type=float, nargs="+", default=[4e-4, 1.2e-3])
     parser.add_argument(
-        "--alphas", type=float, nargs="+", default=[0.5], help="shares of cross entropy tried besides 0"
+        "--alphas", type=float, nargs="+", default=[0.0, 0.5], help="shares of cross entropy to choose from"
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--limit", type=int, default=120, help="passages of LAMBADA")
@@ -39,17 +40,17 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     arms = {"text": ["objective=clm"], "teacher": [*teacher_options(options), "objective.alpha=0"]}
-    best = {}
-    for arm in arms:
-        best[arm] = fewest(
-            {rate: tuned(options, arms[arm], f"tune-{arm}-{rate:g}", rate) for rate in options.rates}, arm
-        )
-    # the share of cross entropy, at the rate that is best without it
-    of_alpha = {0.0: tuned(options, arms["teacher"], f"tune-teacher-{best['teacher']:g}", best["teacher"])}
-    for alpha in options.alphas:
-        arm = [*teacher_options(options), f"objective.alpha={alpha}"]
-        of_alpha[alpha] = tuned(options, arm, f"tune-teacher-{best['teacher']:g}-alpha-{alpha:g}", best["teacher"])
-    arms["teacher"][-1] = f"objective.alpha={fewest(of_alpha, 'alpha')}"
+    best = {
+        arm: fewest(options.rates, lambda rate, arm=arm: tuned(options, arms[arm], f"tune-{arm}-{rate:g}", rate), arm)
+        for arm in arms
+    }
+    rate = best["teacher"]  # the share of cross entropy, at the rate that is best without it
+
+    def of_alpha(alpha: float) -> float:
+        name = f"tune-teacher-{rate:g}" + (f"-alpha-{alpha:g}" if alpha else "")
+        return tuned(options, [*teacher_options(options), f"objective.alpha={alpha}"], name, rate)
+
+    arms["teacher"][-1] = f"objective.alpha={fewest(options.alphas, of_alpha, 'alpha')}"
     found = {arm: [] for arm in arms}
     for seed in range(options.seeds):  # seed by seed: an interrupted comparison is still one of pairs
         for arm in arms:
@@ -62,8 +63,11 @@ def tuned(options: argparse.Namespace, arm: list[str], name: str, rate: float) -
     return figures(options, arm, name, rate)["val/bpb"]
 
 
-def fewest(found: dict[float, float], what: str) -> float:
-    """The setting with the fewest bits per byte, which is printed."""
+def fewest(choices: Sequence[float], bits: Callable[[float], float], what: str) -> float:
+    """The choice with the fewest bits per byte of TUNE, which is printed; nothing runs where there is one choice."""
+    if len(choices) == 1:
+        return choices[0]
+    found = {choice: bits(choice) for choice in choices}
     best = min(found, key=found.get)
     print(f"{what}: bits per byte of TUNE {found}: {best:g}", flush=True)
     return best

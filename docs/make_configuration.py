@@ -14,7 +14,7 @@ from genai_pl.cli.option_help import read_dataclass_fields, read_yaml_fields  # 
 PAGE = ROOT / "docs" / "configuration.md"
 COMMANDS = {
     "config": "train.py", "generate": "generate.py", "evaluate": "evaluate.py", "export": "export.py",
-    "inspect": "data.py", "feedback": "feedback.py", "serve": "serve.py",
+    "inspect": "data.py", "distill": "distill.py", "feedback": "feedback.py", "serve": "serve.py",
 }  # fmt: skip
 INTRODUCTION = """# Configuration
 

@@ -13,8 +13,8 @@ PAGES = ("CONTRIBUTING.md", "docs/repository.md")
 LAYERS = [
     ("errors", "errors that a user can cause, one line each"),
     (
-        "atomic_io devices imports plugins progress",
-        "files written whole or not at all, devices, late imports, modules of your own, progress bars",
+        "atomic_io devices endpoints imports plugins progress ranks",
+        "whole files, devices, requests to servers, late imports, own modules, progress bars, ranks of processes",
     ),
     (
         "config signals reporting",

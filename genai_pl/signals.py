@@ -20,12 +20,12 @@ from typing import NoReturn
 
 from genai_pl.atomic_io import remove_unfinished
 from genai_pl.errors import ConfigError
+from genai_pl.ranks import is_first_process
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_PERIOD = 30.0  # seconds, until the configuration is read: the usual wait of Kubernetes and Slurm before SIGKILL
 MARGIN = 0.95  # share of the grace period to use: at its end the sender kills
 UNWIND = 3.0  # seconds for the main thread to end by itself if nothing is to be saved
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # set in all processes that a launcher starts
 
 
 class Stopped(SystemExit):
@@ -224,7 +224,7 @@ def say(line: str) -> None:
 
     os.write, because the main thread may hold the lock of sys.stderr.
     """
-    if line and all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES):
+    if line and is_first_process():
         _try(lambda: os.write(2, f"{line}\n".encode()))
 
 

@@ -15,9 +15,11 @@ from tests.conftest import some
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-NAMES = {name: name for name in ("generate", "evaluate", "export", "feedback", "serve")} | {"train": "config"}
+NAMES = {name: name for name in ("generate", "evaluate", "export", "feedback", "serve", "distill")} | {
+    "train": "config"
+}
 COMMAND = re.compile(
-    r"(?<!\$ )(?:torchrun [^\n`]*? |python )(train|generate|evaluate|export|feedback|serve)\.py([^`\n]*)"
+    r"(?<!\$ )(?:torchrun [^\n`]*? |python )(train|generate|evaluate|export|feedback|serve|distill)\.py([^`\n]*)"
 )
 
 

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from genai_pl.callbacks.best import BestCheckpoint, remove_old
 from genai_pl.callbacks.checkpoint_files import link, named_step, newest_checkpoints, step_of
 from genai_pl.callbacks.due import passed
-from genai_pl.callbacks.shares import gather_shares, restore_share
+from genai_pl.callbacks.shares import dropout_share, gather_shares, restore_share
 from genai_pl.callbacks.validation import validate_if_due, validation_is_due
 from genai_pl.checkpoints.file import MARK, read_checkpoint, write_checkpoint
 from genai_pl.distributed.dtensor import local_shard
@@ -221,6 +221,7 @@ class StepCheckpoint(Checkpoint):
             "saved": time.time(),
             "rng": states,
             "replicas": n_replicas(trainer),
+            "dropout_shares": dropout_share(trainer)[1],
             **gather_shares(trainer, checkpoint),
             **self.contents,
         }
@@ -244,7 +245,8 @@ class StepCheckpoint(Checkpoint):
         # this replica's position in a stream, and generator states if there are as many replicas
         ours = checkpoint[MARK]
         restore_share(trainer, checkpoint, ours)
-        if ours.get("replicas", len(ours["rng"])) == n_replicas(trainer):
+        replicas = ours.get("replicas", len(ours["rng"]))
+        if (replicas, ours.get("dropout_shares", replicas)) == (n_replicas(trainer), dropout_share(trainer)[1]):
             self._rng = ours["rng"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -258,9 +260,8 @@ class StepCheckpoint(Checkpoint):
         # the data iterators exist by now: nothing is drawn between here and the next step
         if len(self._rng) == trainer.world_size:
             _set_rng(self._rng[trainer.global_rank])
-        elif n_replicas(trainer) > 1:  # dropout differs where batches do
-            replica = trainer.strategy.distributed_sampler_kwargs["rank"]
-            torch.manual_seed(hash((torch.initial_seed(), self._seen, replica)))
+        elif (share := dropout_share(trainer))[1] > 1:  # dropout differs where tokens do
+            torch.manual_seed(hash((torch.initial_seed(), self._seen, share[0])))
         self._rng = []
 
 

@@ -44,6 +44,16 @@ def restore_share(trainer: L.Trainer, checkpoint: dict[str, Any], ours: dict[str
         _progress(checkpoint)["combined_loader"] = ours[SHARES][_replica(trainer)]
 
 
+def dropout_share(trainer: L.Trainer) -> tuple[int, int]:
+    """The number of this process's share of the tokens, and that of all shares: each is dropped by other random numbers.
+
+    A share is that of a replica, or of a rank of its context-parallel group.
+    """
+    group = trainer.lightning_module.model.context_group
+    replica = _replica(trainer) if n_replicas(trainer) > 1 else 0
+    return replica * group.size + group.rank, n_replicas(trainer) * group.size
+
+
 def _progress(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return checkpoint["loops"]["fit_loop"]["state_dict"]
 

@@ -24,7 +24,7 @@ from genai_pl.generation import Acceptance, build_output_constraints, complete
 from genai_pl.generation.conversation import Conversation
 from genai_pl.generation.prefix_cache import PrefixCache
 from genai_pl.loading import Loaded, load_draft
-from genai_pl.models.virtual_tokens import VirtualTokens
+from genai_pl.models.virtual_tokens import context_of
 
 MAX_CALLS = 8  # answers with calls of tools before the last one
 QUOTES = '"""'  # around a message of several lines
@@ -58,12 +58,10 @@ class Chat:
         model, tokenizer, _ = loaded
         if not model.config.writes:
             raise ConfigError("chat=true needs a model that writes, this one reads only")
-        virtual = max((m.n_tokens for m in model.modules() if isinstance(m, VirtualTokens)), default=0)
         self.loaded, self.options, self.generator, self.tools = loaded, options, generator, tools
         self.stream = stream and tools is None
         schemas = [] if tools is None else tools.schemas
-        context = model.config.max_seq_len - virtual
-        self.conversation = Conversation(tokenizer, context=context, system=system, tools=schemas)
+        self.conversation = Conversation(tokenizer, context=context_of(model), system=system, tools=schemas)
         self.reader = CallReader(tokenizer) if schemas else None
         self.draft = load_draft(options.draft, loaded)
         self.prefix_cache = PrefixCache()  # earlier turns, which the next prompt begins with, are not read again

@@ -33,6 +33,7 @@ from genai_pl.cli.schema import OPEN_MAPPINGS, SCHEMAS
 from genai_pl.config.redaction import redact, register_secret
 from genai_pl.errors import ConfigError, TrainingError, UserError, system_error, system_line
 from genai_pl.plugins import import_plugins
+from genai_pl.ranks import started_by_srun
 from genai_pl.training.config_errors import check_bounds, check_choices, check_types, explain_config_error
 from genai_pl.training.hydra_job import is_search_job, job_overrides
 from genai_pl.training.output_folders import remove_unstarted, remove_unstarted_job, reserve_folder
@@ -77,9 +78,12 @@ def open_mappings(schema: object) -> DictConfig:
 
 
 def run_folder_name(name: str | None, time: str) -> str:
-    """Last part of a run folder: the run's name, else the time. ConfigError for a name that is no plain file name."""
+    """Last part of a run folder: the run's name, else the time, or the number of a job whose tasks all must find the same.
+
+    ConfigError for a name that is no plain file name.
+    """
     if name is None:
-        return time
+        return "slurm-{SLURM_JOB_ID}-{SLURM_STEP_ID}".format(**os.environ) if started_by_srun() else time
     # reserved: resume=auto is the newest run
     if name == "auto":
         raise ConfigError("run_name=auto: resume=auto and checkpoint=auto mean the newest run; take another name")

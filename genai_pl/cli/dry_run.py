@@ -34,6 +34,7 @@ from genai_pl.planning.count import (
     activation_bytes,
     expert_parameters,
     fake_tensors,
+    keep_exact,
     largest_gradient,
     largest_part,
     local_model_config,
@@ -42,6 +43,7 @@ from genai_pl.planning.count import (
     stage_sizes,
     training_flops,
 )
+from genai_pl.strategies.context_parallel import check_sequences
 from genai_pl.training.initial_model import apply_peft, check_shape, fit_to_context, new_overrides, report_unused
 from genai_pl.training.length import check_length
 from genai_pl.training.precision import plan_precision
@@ -120,11 +122,16 @@ def estimate_step(
 ) -> StepEstimate:
     """Estimate of a step, counted on the part of the model that one device holds."""
     layout = device_layout(config)
+    if layout.context > 1:
+        check_sequences(objective, [model], layout.context)
     weight_dtype, matmul_dtype = DTYPES.get(config.precision.lightning, (torch.float32, torch.bfloat16))
-    gathers = layout.zero == 3 and layout.data > 1
+    gathers = layout.zero == 3 and layout.shards > 1
+    own_tokens = work.rows * -(-work.seq_len // layout.context)  # that a device computes
     # the local model: sizes divided by tensor parallelism, activations by one forward pass
     with fake_tensors(matmul_dtype if gathers and matmul_dtype else weight_dtype):
         local_model = build_full_model(config, objective, local_model_config(model_config, layout))
+        if gathers:
+            keep_exact(local_model)
         head = local_model.lm_head
         share = model_share(
             config,
@@ -136,7 +143,7 @@ def estimate_step(
         recomputed = recomputed_share(config, local_model)
         activations = stored_activation_bytes(config, local_model, work, matmul_dtype, layout)
     loss = planning.loss_bytes(
-        tokens=work.rows * work.seq_len,
+        tokens=own_tokens,
         vocab_size=0 if head is None else local_model.config.vocab_size,
         n_embd=model_config.n_embd,
         compute_bytes=share.compute_bytes,
@@ -152,7 +159,8 @@ def estimate_step(
     critic = critic_bytes(config, work, layout) if config.objective.get("critic") else 0.0
     memory = replace(memory, reference=reference, critic=critic)
     # traffic, arithmetic and time
-    sizes = {"tokens": work.rows * work.seq_len, "n_layer": len(model.blocks), "n_embd": model_config.n_embd}
+    sizes = {"tokens": own_tokens, "n_layer": len(model.blocks), "n_embd": model_config.n_embd}
+    sizes["kv_width"] = 2 * local_model.config.n_kv_head * model_config.head_dim
     sizes["expert_rows"] = len(model_config.mixture_layers) * model_config.experts_per_token
     traffic = planning.traffic(share, layout, **sizes, passes=work.passes, recomputed=recomputed)
     tokens = work.rows * work.seq_len * work.passes * layout.data
@@ -210,6 +218,7 @@ def stored_activation_bytes(
         kind=kind,
         fused=config.plan.gpu != "cpu",
         sequence_shards=layout.tensor if layout.sequence else 1,
+        context=layout.context,
     )
 
 
@@ -233,7 +242,7 @@ def costliest_stage(
     and its loss.
     """
     stages = []
-    for stage, (weights, trained) in enumerate(stage_sizes(model, layout.stages)):
+    for stage, (weights, trained) in enumerate(stage_sizes(model, layout.stages, layout.loops)):
         stage_share = replace(share, weights=weights, trained=trained)
         stage_loss = loss if stage == layout.stages - 1 else 0.0
         stages.append(
@@ -256,6 +265,7 @@ def describe_estimate(estimate: StepEstimate, steps: int | None) -> list[str]:
         shape = {
             "data": layout.data // layout.experts,
             "experts": layout.experts,
+            "context": layout.context,
             "tensor": layout.tensor,
             "stages": layout.stages,
         }

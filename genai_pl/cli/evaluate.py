@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from genai_pl.atomic_io import write_atomic
-from genai_pl.cli.evaluate_labels import context_of, evaluate_labels, print_metrics
+from genai_pl.cli.evaluate_labels import evaluate_labels, print_metrics
 from genai_pl.cli.evaluate_steps import evaluate_steps
 from genai_pl.config.enums import Head
 from genai_pl.config.tasks import NAMES, GenerationTaskOptions
@@ -31,6 +31,7 @@ from genai_pl.evaluation.steps import step_separator
 from genai_pl.evaluation.tasks import measure, n_rows
 from genai_pl.exporting import export_model
 from genai_pl.loading import Loaded, load
+from genai_pl.models.virtual_tokens import context_of
 from genai_pl.peft import adapters_of, merge
 from genai_pl.progress import progress_bar
 from genai_pl.training.evaluation_tasks import TaskOptions, build_any_task

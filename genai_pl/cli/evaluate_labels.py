@@ -5,7 +5,7 @@ from itertools import islice
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from genai_pl.config.enums import Head
 from genai_pl.config.labels import Labels, read_labels
@@ -18,7 +18,7 @@ from genai_pl.errors import ConfigError, DataError
 from genai_pl.evaluation import Metrics
 from genai_pl.evaluation.labels import label_logits, label_metrics, rank, ranking_metrics, tag_metrics, tag_words
 from genai_pl.loading import Loaded
-from genai_pl.models.virtual_tokens import n_virtual
+from genai_pl.models.virtual_tokens import context_of
 from genai_pl.progress import progress_bar
 from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.unused_options import NO_BOS_RULE, refuse_unused
@@ -174,11 +174,6 @@ def encode_all(labels: Labels, cells: list[object], path: str) -> list[list[floa
         except DataError as error:
             raise DataError(f"data.path={path}: row {n}: {error}") from None
     return targets
-
-
-def context_of(model: nn.Module) -> int:
-    """Tokens of text that the model reads at once: its context less the virtual tokens of adapters."""
-    return model.config.max_seq_len - n_virtual(model)
 
 
 def print_metrics(metrics: Metrics) -> None:

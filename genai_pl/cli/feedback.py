@@ -24,6 +24,7 @@ from genai_pl.data.formats import recognize
 from genai_pl.data.messages import TextOrMessages, extract_prompt, text_or_messages
 from genai_pl.data.messages_datamodule import CONTEXT, INPUT, parse_prompt
 from genai_pl.devices import choose_device
+from genai_pl.endpoints import ADDRESSES
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.progress import progress_bar
 from genai_pl.training.ai_feedback import Writer, compare, compare_scores, critique, local_writer, remote_writer
@@ -31,7 +32,7 @@ from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.report import shell_arguments
 from genai_pl.training.rewards import Judge
 from genai_pl.training.trust import key_of
-from genai_pl.training.unused_options import ADDRESSES, FEEDBACK_RULES, refuse_unused
+from genai_pl.training.unused_options import FEEDBACK_RULES, refuse_unused
 
 TASK_FIELDS = {  # what a line holds
     "label": {"row", "prompt", "chosen", "rejected", "margin", "position_bias"},
@@ -128,7 +129,8 @@ def build_writer(config: DictConfig, option: str) -> Writer | Judge:
     name = config[option]
     options = OmegaConf.to_container(config.generation)
     if name.startswith(ADDRESSES):
-        return remote_writer(name, model=config.judge_model, key_variable=config.key_variable, retries=config.retries)
+        settings = {"key_variable": config.key_variable, "retries": config.retries, "option": option}
+        return remote_writer(name, model=config.judge_model, **settings)
     return local_writer(name, option=option, device=choose_device(config.device), options=options, seed=config.seed)
 
 

@@ -24,7 +24,7 @@ from genai_pl.generation import Acceptance, Completion, complete, encode_prompt
 from genai_pl.generation.fill_mask import fill
 from genai_pl.loading import Loaded, load, load_draft
 from genai_pl.models import Encoder, prepare_for_decoding
-from genai_pl.models.virtual_tokens import n_virtual
+from genai_pl.models.virtual_tokens import context_of
 from genai_pl.peft import RowWeights, adapters_of
 from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.named_objects import named_object
@@ -249,7 +249,7 @@ def print_scores(loaded: Loaded, prompts: list[str], query: str | None = None) -
     if query is not None:
         raise ConfigError("query is the first text of a pair, which a model with labels reads; leave it out here")
     if model.config.head is Head.score:
-        rows = [row[-model.config.max_seq_len :] for row in encode_texts(tokenizer, prompts)]
+        rows = [row[-context_of(model) :] for row in encode_texts(tokenizer, prompts)]
         for prompt, reward in zip(prompts, reward_scores(model, rows).tolist(), strict=True):
             print_json({"prompt": prompt, "score": reward})
         return
@@ -268,7 +268,7 @@ def print_labels(loaded: Loaded, prompts: list[str], query: str | None) -> None:
     from genai_pl.evaluation.labels import describe_labels, label_logits, probabilities, tag_words
 
     model, config = loaded.model, loaded.model.config
-    max_length = config.max_seq_len - n_virtual(model)
+    max_length = context_of(model)
     if config.head is Head.tokens:
         if query is not None:
             raise ConfigError("query is the first text of a pair; this model gives tags to the words of a prompt")

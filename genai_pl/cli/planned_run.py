@@ -28,6 +28,7 @@ from genai_pl.modules.preference import PreferenceModule
 from genai_pl.objectives.preference import WITH_REFERENCE
 from genai_pl.planning import cost_model as planning
 from genai_pl.references import folder_of, is_hub_id, resolve
+from genai_pl.strategies.pipeline_stages import LOOPED
 from genai_pl.training.initial_model import check_loaded_model, model_config, new_overrides, routed_config
 from genai_pl.training.length import DEFAULT_PASSES, DEFAULT_STEPS
 from genai_pl.training.report import texts_of_row
@@ -169,13 +170,14 @@ def device_layout(config: DictConfig) -> planning.Layout:
     strategy, target = config.strategy, config.strategy.get("_target_", "").rpartition(".")[2]
     # FSDP2 with tensor parallelism
     if target == "ShardedStrategy":
-        data, tensor = strategy.data_parallel_size, strategy.tensor_parallel_size
-        tensor = n // (data or 1) if tensor is None else tensor
-        data = data or n // tensor
-        if data * tensor != n:
+        data, tensor, context = (strategy[f"{kind}_parallel_size"] for kind in ("data", "tensor", "context"))
+        tensor = n // ((data or 1) * context) if tensor is None else tensor
+        data = data or n // (tensor * context)
+        if data * context * tensor != n:
+            of_context = f" x strategy.context_parallel_size ({context})" if context > 1 else ""
             raise ConfigError(
-                f"strategy.data_parallel_size ({data}) x strategy.tensor_parallel_size ({tensor}) must be {n}, the "
-                "number of devices"
+                f"strategy.data_parallel_size ({data}){of_context} x strategy.tensor_parallel_size ({tensor}) must be {n}, "
+                "the number of devices"
             )
         regathers, sequence = strategy.reshard_after_forward, strategy.sequence_parallel
         experts = strategy.expert_parallel_size
@@ -184,7 +186,7 @@ def device_layout(config: DictConfig) -> planning.Layout:
                 f"strategy.expert_parallel_size ({experts}) must divide strategy.data_parallel_size ({data}), and "
                 "strategy.tensor_parallel_size must be 1"
             )
-        sizes = {"data": data, "experts": experts, "tensor": tensor, "per_node": per_node}
+        sizes = {"data": data, "experts": experts, "context": context, "tensor": tensor, "per_node": per_node}
         return planning.Layout(**sizes, zero=3, regathers=regathers, sequence=sequence)
     # pipeline stages with data parallelism
     if target == "PipelineStrategy":
@@ -195,7 +197,10 @@ def device_layout(config: DictConfig) -> planning.Layout:
                 f"strategy.data_parallel_size ({data}) x strategy.pipeline_parallel_size ({stages}) must be {n}, the "
                 "number of devices"
             )
-        schedule = {"micro_batches": strategy.microbatches, "gpipe": strategy.schedule == "gpipe"}
+        kind = strategy.schedule
+        loops = strategy.stages_per_rank or 1 + (kind in LOOPED)
+        schedule = {"gpipe": kind == "gpipe", "loops": loops, "zero_bubble": kind == "zero_bubble"}
+        schedule["micro_batches"] = strategy.microbatches
         return planning.Layout(data=data, stages=stages, per_node=per_node, **schedule)
     # DDP, or DeepSpeed's ZeRO stage
     zero = strategy.stage if target == "deepspeed" else 0

@@ -19,7 +19,13 @@ from genai_pl.cli.schema_data import (
     TextSchema,
     UnpairedSchema,
 )
-from genai_pl.cli.schema_train import DataCommandSchema, HardwareSpec, TrainSchema, TransformersModelSchema
+from genai_pl.cli.schema_train import (
+    DataCommandSchema,
+    DistillCommandSchema,
+    HardwareSpec,
+    TrainSchema,
+    TransformersModelSchema,
+)
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.config.model import ModelConfig
 
@@ -27,6 +33,7 @@ SCHEMAS = {
     "root": TrainSchema,
     "model": ModelConfig,
     "inspect": DataCommandSchema,
+    "distill": DistillCommandSchema,
     "plan": HardwareSpec,
     "wrapped": TransformersModelSchema,
     "data": TextSchema,

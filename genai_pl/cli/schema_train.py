@@ -61,6 +61,20 @@ class DataCommandSchema(TrainSchema):
 
 
 @dataclass
+class DistillCommandSchema(TrainSchema):
+    """Options of distill.py beside those of train.py that say what is read.
+
+    teacher: model, address. top_k: tokens of a position. temperature: of the predictions. out: folder. device: of the teacher.
+    """
+
+    teacher: str = MISSING
+    top_k: int = 64
+    temperature: float = 1.0
+    out: str = "taught"
+    device: str = "auto"
+
+
+@dataclass
 class HardwareSpec:
     """A device for which `dry_run=true` estimates a step.
 

@@ -52,27 +52,27 @@ class TensorParallelGroup:
 
     def copy_to_region(self, x: Tensor) -> Tensor:
         """x (B, T, C), which every rank feeds to its part of a layer."""
-        return _Collective.apply(x, _identity, self._all_reduce)
+        return Collective.apply(x, identity, self._all_reduce)
 
     def reduce_from_region(self, x: Tensor) -> Tensor:
         """The sum over ranks of their partial outputs."""
-        return _Collective.apply(x, self._all_reduce, _identity)
+        return Collective.apply(x, self._all_reduce, identity)
 
     def gather_from_sequence(self, shard: Tensor, length: int) -> Tensor:
         """The full sequence (B, length, C) of shards (B, t, C), for a divided layer."""
-        return _Collective.apply(shard, partial(self._all_gather, length), self._reduce_scatter)
+        return Collective.apply(shard, partial(self._all_gather, length), self._reduce_scatter)
 
     def reduce_scatter_to_sequence(self, x: Tensor) -> Tensor:
         """This rank's shard (B, t, C) of the sum over ranks of partial outputs (B, T, C)."""
-        return _Collective.apply(x, self._reduce_scatter, partial(self._all_gather, x.shape[1]))
+        return Collective.apply(x, self._reduce_scatter, partial(self._all_gather, x.shape[1]))
 
     def scatter_to_sequence(self, x: Tensor) -> Tensor:
         """This rank's shard (B, t, C) of x (B, T, C), which every rank holds."""
-        return _Collective.apply(x, self._own_shard, partial(self._all_gather, x.shape[1]))
+        return Collective.apply(x, self._own_shard, partial(self._all_gather, x.shape[1]))
 
     def gather_without_grad_sum(self, shard: Tensor, length: int) -> Tensor:
         """The full sequence (B, length, C) of shards (B, t, C), with which all ranks do the same."""
-        return _Collective.apply(shard, partial(self._all_gather, length), self._own_shard)
+        return Collective.apply(shard, partial(self._all_gather, length), self._own_shard)
 
     def _all_reduce(self, x: Tensor) -> Tensor:
         return COLLECTIVES.wait_tensor(COLLECTIVES.all_reduce(x.contiguous(), "sum", self.group))
@@ -100,7 +100,7 @@ class TensorParallelGroup:
         return F.pad(x, (0, 0, 0, t * self.size - T)).view(B, self.size, t, C).transpose(0, 1)
 
 
-class _Collective(torch.autograd.Function):
+class Collective(torch.autograd.Function):
     """An autograd function of two collectives: one for the value, another for the gradient."""
 
     @staticmethod
@@ -120,14 +120,14 @@ def exchange_rows(x: Tensor, *, sent: list[int], received: list[int], group: dis
     """
     there = partial(_all_to_all, sent, received, group.group_name)
     back = partial(_all_to_all, received, sent, group.group_name)
-    return _Collective.apply(x, there, back)
+    return Collective.apply(x, there, back)
 
 
 def _all_to_all(sent: list[int], received: list[int], group: str, x: Tensor) -> Tensor:
     return COLLECTIVES.wait_tensor(COLLECTIVES.all_to_all_single(x.contiguous(), received, sent, group))
 
 
-def _identity(x: Tensor) -> Tensor:
+def identity(x: Tensor) -> Tensor:
     return x.view_as(x)
 
 

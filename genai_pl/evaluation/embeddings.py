@@ -25,6 +25,7 @@ from genai_pl.models.hf.folder import read_json
 from genai_pl.models.pooling import POOLINGS, scores
 from genai_pl.models.sentence import SentenceHead, default_head, read_head
 from genai_pl.models.sentence_files import MODULES, POOLING
+from genai_pl.models.virtual_tokens import context_of
 from genai_pl.objectives.collate import pad_rows
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def logprobs(
     model: Model, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str] | None, texts: Sequence[str]
 ) -> list[tuple[float, int]]:
     """(log-probability in nats, tokens) of each text: after its prompt, or after a bos if the tokenizer has one."""
-    windows, owners = logprob_windows(tokenizer, prompts, texts, seq_len=model.config.max_seq_len)
+    windows, owners = logprob_windows(tokenizer, prompts, texts, seq_len=context_of(model))
     totals, counts = np.zeros(len(texts)), np.zeros(len(texts), dtype=int)
     window_scores = score(model, windows, batch_tokens=BATCH_TOKENS)
     for n, window, nll in zip(owners, windows, window_scores.nll.tolist(), strict=True):

@@ -1,6 +1,6 @@
 """Scores of steps: the probability of a process reward model that each step of an answer is correct."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +10,6 @@ from genai_pl.config.enums import Head
 from genai_pl.config.labels import STEP_LABELS, read_labels
 from genai_pl.data.prompt_tokens import Messages, Tools
 from genai_pl.data.stepwise import encode_steps
-from genai_pl.errors import DataError
 from genai_pl.evaluation.embeddings import BATCH_TOKENS, padded
 from genai_pl.evaluation.metrics import Metrics, with_interval
 from genai_pl.models import Model
@@ -42,28 +41,44 @@ def step_scores(
 ) -> list[list[float]]:
     """The probability that each step is correct, given the prompt and the steps before it.
 
-    Prompts lose their beginning where a row is longer than max_length tokens; DataError for steps longer than that.
+    A row longer than max_length tokens loses the beginning of its prompt. Where the steps alone are that long, those that end
+    beyond the first max_length tokens are scored in further windows, with half a window before the first of them.
     """
-    rows, ends = [], []
-    for n, (prompt, answer, answer_ends) in enumerate(
-        encode_steps(tokenizer, prompts, steps, separator, tools), start=1
-    ):
-        if len(answer) >= max_length:
-            raise DataError(
-                f"row {n}: the steps of an answer have {len(answer)} tokens, and the process reward model reads {max_length}"
-            )
-        kept = prompt[max(len(prompt) + len(answer) - max_length, 0) :]
-        rows.append(np.concatenate([kept, answer]))
-        ends.append(len(kept) + answer_ends)
-    found: list[list[float]] = [[] for _ in rows]
+    rows, ends_of = [], []
+    # windows of all rows, each with the row it is of and the ends of its steps
+    for n, (prompt, answer, ends) in enumerate(encode_steps(tokenizer, prompts, steps, separator, tools)):
+        room = max_length - len(answer) if len(answer) < max_length else max_length // 2
+        kept = prompt[max(len(prompt) - room, 0) :]
+        row = np.concatenate([kept, answer])
+        for start, stop, window_ends in _windows(len(kept) + ends, max_length):
+            rows.append(row[start:stop])
+            ends_of.append((n, window_ends - start))
+    last = {n: place for place, (n, _) in enumerate(ends_of)}
+    # each window's steps, in the order of the windows
+    scored: list[list[float]] = [[] for _ in rows]
     for batch, input_ids, segment_ids in padded(model, rows, batch_tokens):
         hidden = model.features(input_ids, segment_ids)
-        for n, states in zip(batch, hidden, strict=True):
-            logits = model.label_logits(states[torch.from_numpy(ends[n] - 1).to(states.device)]).float()
-            found[n] = logits.softmax(-1)[:, 1].tolist()
+        for place, states in zip(batch, hidden, strict=True):
+            logits = model.label_logits(states[torch.from_numpy(ends_of[place][1] - 1).to(states.device)]).float()
+            scored[place] = logits.softmax(-1)[:, 1].tolist()
         if on_batch is not None:
-            on_batch(len(batch))
+            on_batch(sum(last[ends_of[place][0]] == place for place in batch))
+    found: list[list[float]] = [[] for _ in steps]
+    for (n, _), window in zip(ends_of, scored, strict=True):
+        found[n] += window
     return found
+
+
+def _windows(ends: np.ndarray, size: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(start, stop, ends of its steps) of the windows of at most `size` tokens in which the steps of a row are scored."""
+    start = 0
+    while len(ends):
+        stop = min(start + size, int(ends[-1]))
+        inside = int(np.searchsorted(ends, stop, side="right"))
+        if inside:
+            yield start, stop, ends[:inside]
+        ends = ends[inside:]
+        start = int(ends[0]) - size // 2 if len(ends) else stop
 
 
 def step_metrics(scores: Sequence[Sequence[float]], labels: Sequence[Sequence[float]]) -> Metrics:

@@ -101,6 +101,7 @@ class PrefixBlocks:
         self.max_bytes, self.block_size = max_bytes, block_size
         self.pool: Tensor | None = None
         self.places: OrderedDict[tuple[int | str, tuple[int, ...]], tuple[int, int]] = OrderedDict()  # number, place
+        self.freed: list[int] = []  # places of blocks that were forgotten
         self.numbers = count()
 
     @property
@@ -142,6 +143,16 @@ class PrefixBlocks:
             found.append(key)
         self._touch(found)
 
+    def forget(self, root: str) -> None:
+        """Drop all blocks of the texts with this root."""
+        dropped: set[int | str] = {root}
+        # a block may have been used before the one that it follows, so look until nothing follows any more
+        while followers := [key for key in self.places if key[0] in dropped]:
+            for key in followers:
+                number, place = self.places.pop(key)
+                dropped.add(number)
+                self.freed.append(place)
+
     def _found(self, root: str, tokens: Sequence[int], n_blocks: int) -> list[tuple[int | str, tuple[int, ...]]]:
         """Keys of the first n_blocks of a text, up to the first that is not kept."""
         keys, before, size = [], root, self.block_size
@@ -166,7 +177,9 @@ class PrefixBlocks:
         return len(self.pool)
 
     def _free_place(self) -> int:
-        """A place that no block has: as long as there are, one that none has had, else that of the block unused for longest."""
+        """A place that no block has: one that was freed or never used, else that of the block unused for longest."""
+        if self.freed:
+            return self.freed.pop()
         if len(self.places) < len(self.pool):
             return len(self.places)
         return self.places.popitem(last=False)[1][1]

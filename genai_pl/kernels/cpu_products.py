@@ -26,7 +26,7 @@ def bf16_products_pay() -> bool:
 @functools.cache
 def bf16_speed_up() -> float:
     """How many times faster a product of bfloat16 matrices is than one of float32 here: the best of several of each, in turns."""
-    a, b = torch.randn(2, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    a, b = torch.randn(2, SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     sides = {torch.float32: (a, b), torch.bfloat16: (a.bfloat16(), b.bfloat16())}
     best = dict.fromkeys(sides, float("inf"))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):

@@ -6,12 +6,13 @@ activations) costs more to call from Python than to compute. Numbers are those o
 
 import ctypes
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from genai_pl.kernels.row_products import FEW, KINDS, SMALL, RowWeight, address_of, library
+from genai_pl.kernels.row_products import FEW, FLOATS, KINDS, SMALL, RowWeight, address_of, library
 
 NORMS = {"rms_norm": 0, "layer_norm": 1}  # as in the source
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
@@ -92,6 +93,15 @@ class DecodeStep:
         scale: float,
     ) -> None:
         self.tensors = layers  # the structures below hold addresses only
+        names = {
+            "norm": norm,
+            "activation": activation,
+            "gated": gated,
+            "eps": eps,
+            "head_eps": head_eps,
+            "scale": scale,
+        }
+        self.options = {"H": H, "K": K, "D": D, **names}
         self.C, F = layers[0].qkv[0].width, layers[0].down[0].width
         kind = NORMS[norm]
         sizes = (len(layers), self.C, H, K, D, F, kind, kind, ACTIVATIONS[activation], int(gated))
@@ -113,10 +123,14 @@ class DecodeStep:
         step = library()
         shape, cache = ctypes.byref(self.shape), ctypes.byref(cache)
         needed = step.decode_step_memory(shape, cache, B, threads)
-        memory = torch.empty(needed)  # of this call: several threads may take steps of one model
+        memory = torch.empty(needed, **FLOATS)  # of this call: several threads may take steps of one model
         tables = (None, None) if table is None else (cosine.data_ptr(), sine.data_ptr())
         step.decode_step(shape, self.layers, x.data_ptr(), *tables, positions, cache, B, threads, memory.data_ptr())
         return x
+
+    def __reduce__(self) -> tuple:
+        """The arguments: a copy has the addresses of its own tensors."""
+        return partial(DecodeStep, **self.options), (self.tensors,)
 
     def takes(self, x: Tensor, past: Past) -> bool:
         """True for inputs of a step: float32 throughout, one token of each of few rows, heads of the cache side by side."""

@@ -12,7 +12,7 @@ GROUP = 32  # weights that share a scale and a minimum
 BLOCK = 20  # bytes of a group
 LARGEST = 15  # code
 FITS = 3  # least-squares fits of scale and minimum to the codes
-TINY = torch.finfo().tiny  # divides where all weights of a group are equal
+TINY = torch.finfo(torch.float32).tiny  # divides where all weights of a group are equal
 AT_ONCE = 1 << 17  # weights that are quantized at a time, so that they stay in a cache
 
 
@@ -24,7 +24,7 @@ def to_int4(weight: Tensor) -> Tensor:
     """
     out, width = weight.shape
     weight = F.pad(weight.detach().float(), (0, -width % GROUP), mode="replicate") if width % GROUP else weight.detach()
-    blocks = torch.empty(out, weight.shape[1] // GROUP * BLOCK, dtype=torch.uint8)
+    blocks = torch.empty(out, weight.shape[1] // GROUP * BLOCK, dtype=torch.uint8, device=weight.device)
     rows = max(1, AT_ONCE // max(1, weight.shape[1]))
     for part, packed in zip(weight.split(rows), blocks.split(rows), strict=True):
         packed.copy_(_pack(*_quantize(part.float().reshape(-1, GROUP))).view(packed.shape))

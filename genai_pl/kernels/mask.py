@@ -6,7 +6,7 @@ at the first request and kept with the mask (`remember`).
 """
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -84,6 +84,36 @@ class AttentionMask:
         if name not in self._memory or self._memory[name][0] != key:
             self._memory[name] = (key, build())
         return self._memory[name][1]
+
+    def rows(self, start: int, end: int, S: int, device: torch.device | None = None) -> tuple["AttentionMask", int]:
+        """The mask of queries start .. end - 1 of a square of S, and the number of first keys that they need, at least end.
+
+        Attention of these queries to those keys under that mask are these rows of the whole: a process with some of the
+        queries calls it so. Built once for all layers. ValueError for a window to both sides, and for order.
+
+        >>> mask, n_keys = AttentionMask(causal=True).rows(1, 3, 4)
+        >>> mask.dense(2, n_keys).int().tolist()
+        [[[[1, 1, 0], [1, 1, 1]]]]
+        """
+        return self.remember(f"rows {start}", (end, S, device), lambda: self._build_rows(start, end, S, device))
+
+    def _build_rows(self, start: int, end: int, S: int, device: torch.device | None) -> tuple["AttentionMask", int]:
+        """`rows`: under a causal mask the last keys belong to the last queries, as everywhere; else documents are named."""
+        if self.order is not None or self.query_segments is not None:
+            raise ValueError("rows of a mask with order or query_segments are not defined: its queries are no square")
+        segments = self.segments
+        if self.causal and self.prefix is None:
+            return replace(self, segments=None if segments is None else segments[:, :end].contiguous()), end
+        if self.window is not None or (self.causal and self.global_prefix is not None):
+            raise ValueError("rows of a mask need causal=True without prefix, or neither window nor global_prefix")
+        rules = {} if segments is None else {"query_segments": segments[:, start:end].contiguous()}
+        if self.causal:  # a prefix is of rank 0, all else of the rank of its position
+            position = torch.arange(S, device=device)[None]
+            length = self.prefix.view(-1, 1) if isinstance(self.prefix, Tensor) else self.prefix
+            order = position.masked_fill(position < length, 0)  # (B or 1, S)
+            queries = position[:, start:end].expand(order.shape[0], -1)
+            rules |= {"causal": False, "prefix": None, "order": order, "query_order": queries}
+        return replace(self, **rules), S
 
     def _build_dense(self, T: int, S: int, device: torch.device | None) -> Tensor:
         """The rules one by one, (B or 1, 1, T, S): positions, documents, the global prefix, ranks."""

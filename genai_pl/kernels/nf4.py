@@ -30,16 +30,18 @@ def to_nf4(weight: Tensor) -> Tensor:
     """Blocks (N / 64, 36) uint8 of a weight of N numbers."""
     groups = F.pad(weight.float().flatten(), (0, -weight.numel() % GROUP)).view(-1, GROUP)
     scales = groups.abs().amax(dim=1, keepdim=True)
-    levels = torch.tensor(NF4, device=weight.device)
+    levels = torch.tensor(NF4, dtype=torch.float32, device=weight.device)
     # the nearest level: its index is the number of midpoints below the value
     between = (levels[1:] + levels[:-1]) / 2
-    codes = torch.bucketize(groups / scales.clamp_min(torch.finfo().tiny), between, out_int32=True).to(torch.uint8)
+    codes = torch.bucketize(groups / scales.clamp_min(torch.finfo(torch.float32).tiny), between, out_int32=True).to(
+        torch.uint8
+    )
     return torch.cat([scales.view(torch.uint8), codes[:, ::2] << 4 | codes[:, 1::2]], dim=1)
 
 
 def from_nf4(blocks: Tensor, shape: torch.Size) -> Tensor:
     """The weight in float32, of the given shape. One table look-up decodes both codes of a byte."""
-    levels = torch.tensor(NF4, device=blocks.device)
+    levels = torch.tensor(NF4, dtype=torch.float32, device=blocks.device)
     pairs = torch.cartesian_prod(levels, levels)  # (256, 2): the two values of each byte
     scales = blocks[:, :4].contiguous().view(torch.float32)
     values = F.embedding(blocks[:, 4:].int(), pairs).view(-1, GROUP)

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from genai_pl.kernels.int4 import GROUP, codes_of, ends_of, from_int4, to_int4
 from genai_pl.kernels.int8 import from_int8, to_int8
-from genai_pl.kernels.row_products import CACHED, multiply_rows, pack_rows
+from genai_pl.kernels.row_products import CACHED, FLOATS, multiply_rows, pack_rows
 
 FEW = 8  # rows up to which torch's kernel for bf16 rows times int8 weights is used, where FBGEMM is missing
 MULTIPLE = 16  # output channels of torch's kernel for 4-bit weights
 PASSES = 3  # timed passes of a probe; the fastest counts, since other work only ever adds time
 CLEARLY = 0.9  # of the time of an earlier candidate: a busy machine should decide as an idle one
-TINY = torch.tensor(torch.finfo().tiny)
+TINY = torch.tensor(torch.finfo(torch.float32).tiny, **FLOATS)
 LACKS = (RuntimeError, AttributeError, NotImplementedError)  # what a kernel raises that is not there
 
 
@@ -48,7 +48,7 @@ def fastest_product(candidates: Sequence[Product], weights: Sequence[Tensor], *,
     """
     best, least = candidates[-1], float("inf")
     with torch.inference_mode():
-        inputs = [torch.randn(rows, weight.shape[1]) for weight in weights]
+        inputs = [torch.randn(rows, weight.shape[1], **FLOATS) for weight in weights]
         for product in candidates:
             try:
                 packed = [product.pack(weight) for weight in weights]
@@ -149,14 +149,14 @@ BF16 = Product("bfloat16 by oneDNN", _pack_onednn, _multiply_onednn)  # rounds a
 
 
 def _split(limb: int) -> Product:
-    mix = torch.tensor([[0.0, 1.0], [2.0 * limb, -2.0 * limb]]).T[..., None, None].unbind()
+    mix = torch.tensor([[0.0, 1.0], [2.0 * limb, -2.0 * limb]], **FLOATS).T[..., None, None].unbind()
     return Product("int8 by FBGEMM", _pack_int8, partial(_split_product, limb=limb, mix=mix))
 
 
 def _pack_int8(weight: Tensor) -> object:
     """FBGEMM's 8-bit weights with a scale for each output channel."""
     codes, scales = to_int8(weight)
-    zeros = torch.zeros(len(codes), dtype=torch.long)
+    zeros = torch.zeros(len(codes), dtype=torch.long, device="cpu")
     with _fbgemm(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch will move quantized tensors elsewhere
         quantized = torch._make_per_channel_quantized_tensor(codes.contiguous(), scales.double(), zeros, 0)
@@ -200,9 +200,9 @@ def _is_exact(limb: int) -> bool:
     Processors without VNNI add two products in 16 bits, which saturate: there activations may have 7 bits only.
     """
     try:
-        weight = torch.ones(16, 64)
+        weight = torch.ones(16, 64, **FLOATS)
         weight[::2] = -1.0
-        x = torch.full((2, 64), float(limb))
+        x = torch.full((2, 64), float(limb), **FLOATS)
         x[1] = -limb
         y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, limb + 1, _pack_int8(weight))
     except LACKS:

@@ -10,9 +10,11 @@ import atexit
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -28,6 +30,8 @@ from genai_pl.kernels.int8 import to_int8
 from genai_pl.kernels.nf4 import GROUP as NF4_GROUP
 from genai_pl.kernels.nf4 import NF4, from_nf4, to_nf4
 
+log = logging.getLogger(__name__)
+
 PRODUCTS = Path(__file__).with_suffix(".c")
 SOURCE = PRODUCTS.with_name("decode_step.c")  # which includes that of the products
 Kind = torch.dtype | str  # of weights; torch has no dtype for "nf4"
@@ -41,7 +45,9 @@ KINDS: dict[Kind, int] = {
 FEW = 16  # rows up to which weights are read once; for more, torch's products of matrices are faster
 SMALL = 1 << 16  # weights of a matrix that one thread reads before a second one has begun
 CACHED = 1 << 17  # weights that are widened at a time for a product of many rows
-BUILD_SECONDS = 240  # five on an idle machine; a busy one should not lose the products
+BUILD_SECONDS = 180  # of a busy machine; 5 on an idle one
+# what C reads and writes: whatever torch.set_default_dtype and set_default_device say, perhaps in another thread
+FLOATS = {"dtype": torch.float32, "device": "cpu"}
 
 
 class RowWeight(NamedTuple):
@@ -94,7 +100,7 @@ def multiply_rows(x: Tensor, packed: RowWeight, bias: Tensor | None = None, more
 def widened(packed: RowWeight) -> Tensor:
     """The weight (out, width) in float32; NotImplementedError without a library."""
     weight, dtype, width, scales = packed
-    y = torch.empty(len(weight), width)
+    y = torch.empty(len(weight), width, **FLOATS)
     threads = torch.get_num_threads() if y.numel() > SMALL else 1
     addresses = weight.data_ptr(), address_of(scales), y.data_ptr()
     library().widen(KINDS[dtype], *addresses, len(weight), width, threads)
@@ -143,13 +149,23 @@ def _multiply_many(x: Tensor, packed: RowWeight) -> Tensor:
     return y
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled source. NotImplementedError if there is none or its numbers are wrong; a process looks once."""
+    """The compiled source. NotImplementedError if there is none or its numbers are wrong."""
+    found = look_up()
+    if isinstance(found, str):
+        raise NotImplementedError(found)
+    return found
+
+
+@functools.cache
+def look_up() -> ctypes.CDLL | str:
+    """The library, or the reason why there is none: a process looks once, since a compiler may take a minute to fail."""
     try:
         found = ctypes.CDLL(str(_build()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        raise NotImplementedError(f"{PRODUCTS.name} was not built: {error}") from None
+        reason = f"{PRODUCTS.name} was not built: {error}"
+        log.info("decoding    %s; torch's products serve instead, CC=COMPILER names another compiler", reason)
+        return reason
     pointer, count = ctypes.c_void_p, ctypes.c_long
     found.product.argtypes = [ctypes.c_int, *[pointer] * 6, *[count] * 3, ctypes.c_int]
     found.widen.argtypes = [ctypes.c_int, *[pointer] * 3, *[count] * 2, ctypes.c_int]
@@ -161,33 +177,28 @@ def library() -> ctypes.CDLL:
     for function in (found.product, found.widen, found.rms_norm, found.rotate, found.decode_step):
         function.restype = None
     found.set_nf4.argtypes, found.set_nf4.restype = [pointer], None
-    levels = torch.tensor(NF4)
+    levels = torch.tensor(NF4, **FLOATS)
     found.set_nf4(levels.data_ptr())
-    x, y = torch.linspace(-1, 1, 5 * 70).view(5, 70), torch.empty(5, 3)
+    x, y = torch.linspace(-1, 1, 5 * 70, **FLOATS).view(5, 70), torch.empty(5, 3, **FLOATS)
     for dtype, kind in KINDS.items():
         weight, values = _sample(dtype, 3, 70)
         found.product(kind, x.data_ptr(), weight.data_ptr(), None, None, None, y.data_ptr(), 5, 3, 70, 1)
         if not torch.allclose(y.double(), x.double() @ values.double().T, rtol=1e-4, atol=1e-3):
-            raise NotImplementedError(f"{PRODUCTS.name} multiplies {dtype} wrongly as built here")
+            return f"{PRODUCTS.name} multiplies {dtype} wrongly as built here"
     return found
 
 
-@functools.cache
 def is_built() -> bool:
     """True if there is a library; a process tries once to build it."""
-    try:
-        library()
-    except NotImplementedError:
-        return False
-    return True
+    return not isinstance(look_up(), str)
 
 
 def _sample(dtype: Kind, out: int, width: int) -> tuple[Tensor, Tensor]:
     """A weight as it is stored, and its numbers (out, width)."""
-    numbers = torch.arange(out * width).view(out, width).sub(100)
+    numbers = torch.arange(out * width, device="cpu").view(out, width).sub(100)
     if dtype is torch.int4:  # all codes, with scale 1 and minimum -8
-        blocks = torch.arange(out * -(-width // GROUP) * BLOCK).to(torch.uint8).view(out, -1, BLOCK)
-        blocks[..., :4] = torch.tensor([1.0, -8.0]).bfloat16().view(torch.uint8)
+        blocks = torch.arange(out * -(-width // GROUP) * BLOCK, device="cpu").to(torch.uint8).view(out, -1, BLOCK)
+        blocks[..., :4] = torch.tensor([1.0, -8.0], dtype=torch.bfloat16, device="cpu").view(torch.uint8)
         return blocks.flatten(1), from_int4(blocks.flatten(1), width)
     if dtype == "nf4":
         blocks = to_nf4(F.pad(numbers, (0, -width % NF4_GROUP)))
@@ -207,15 +218,34 @@ def _build() -> Path:
     command = [compiler, "-O3", native, "-fopenmp", "-shared", "-fPIC", str(SOURCE), *openmp, "-lm", "-o"]
     sources = [path.read_text() for path in (SOURCE, PRODUCTS)]
     key = hashlib.sha256("\n".join([*sources, *command, *_processor()]).encode()).hexdigest()
-    folder = _folder()
-    path = folder / f"{PRODUCTS.stem}-{key[:24]}.so"
-    if not path.exists():
-        # under a name of its own first: several processes may build at a time
-        with tempfile.TemporaryDirectory(dir=folder) as private:
-            built = Path(private) / path.name
-            subprocess.run([*command, str(built)], check=True, capture_output=True, timeout=BUILD_SECONDS)
-            os.replace(built, path)
+    folder, name = _folder(), f"{PRODUCTS.stem}-{key[:24]}"
+    found = next((path for path in folder.glob(f"{name}-*.so") if _is_whole(path)), None)
+    if found is not None:
+        return found
+    # under a name of its own first: several processes may build at a time
+    with tempfile.TemporaryDirectory(dir=folder) as private:
+        built = Path(private) / "built.so"
+        subprocess.run([*command, str(built)], check=True, capture_output=True, timeout=BUILD_SECONDS)
+        path = folder / f"{name}-{_digest(built)}.so"
+        os.replace(built, path)
     return path
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:24]
+
+
+def _is_whole(path: Path) -> bool:
+    """True for a library that has the content of its name: reading a damaged one can kill the process."""
+    return path.is_file() and _is_ours(path) and path.stem.endswith(_digest(path))
+
+
+def _is_ours(path: Path) -> bool:
+    """True if only this user and the administrator can have written a file or folder."""
+    if not hasattr(os, "getuid"):
+        return True
+    status = path.stat()
+    return status.st_uid in (0, os.getuid()) and not status.st_mode & stat.S_IWOTH
 
 
 def _folder() -> Path:
@@ -223,7 +253,7 @@ def _folder() -> Path:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genai_pl"
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+        if os.access(folder, os.W_OK) and _is_ours(folder):
             return folder
     except (OSError, RuntimeError):  # read-only, or no home
         pass

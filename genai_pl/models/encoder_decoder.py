@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from genai_pl.config.enums import Head, Shape
 from genai_pl.config.model import ModelConfig
+from genai_pl.distributed.context_group import ALONE
 from genai_pl.models.decoder import Decoder
 from genai_pl.models.encoder import Encoder
 from genai_pl.models.kv_cache import KVCache
@@ -25,6 +26,7 @@ class EncoderDecoder(nn.Module):
     """
 
     feature_methods = ("features",)
+    context_group = ALONE
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

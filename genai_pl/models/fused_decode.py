@@ -71,7 +71,7 @@ class FusedNorm:
         if self.is_rms:
             self.eps = torch.finfo(weight.dtype).eps if norm.eps is None else norm.eps
         if self.is_rms and not self.compiled:
-            self.weight, self.root_eps = weight * C**0.5, torch.tensor((C * self.eps) ** 0.5)
+            self.weight, self.root_eps = weight * C**0.5, weight.new_tensor((C * self.eps) ** 0.5)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.compiled:

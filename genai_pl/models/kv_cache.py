@@ -59,7 +59,7 @@ class KVCache:
     def past(self, segments: Tensor | None) -> Past:
         """What a compiled step of one token reads and writes instead of `update`, for the result of `segments`."""
         self._next_length(1)
-        first = torch.zeros(self.k.shape[1], dtype=torch.long)
+        first = torch.zeros(self.k.shape[1], dtype=torch.long, device=self.k.device)
         if segments is not None:  # tokens of a document are next to each other
             first = (segments != segments[:, -1:]).sum(dim=1)
         return Past(self.k, self.v, first, self.length)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from genai_pl.devices import CODES
 from genai_pl.errors import ConfigError
 from genai_pl.kernels.packed_product import BF16, LACKS, Product
-from genai_pl.kernels.row_products import multiply_rows
+from genai_pl.kernels.row_products import FLOATS, multiply_rows
 from genai_pl.models.block import Block
 from genai_pl.models.encoder_decoder import EncoderDecoder
+from genai_pl.models.experts import Dispatch, ExpertLinear
 from genai_pl.models.frozen import FrozenLinear, RoundedLinear
 from genai_pl.models.layers import GatedMLP
 from genai_pl.models.transformer import Transformer
@@ -53,6 +54,24 @@ class PackedLinear(nn.Module):
         return super()._apply(fn, recurse)
 
 
+class PackedExperts(nn.Module):
+    """x W_e^T + b_e for rows sorted by expert, (N k, in) -> (N k, out) in float32: `ExpertLinear` with packed weights."""
+
+    def __init__(self, layer: ExpertLinear, product: Product) -> None:
+        super().__init__()
+        self.out_features = layer.out_features
+        biases = [None] * len(layer.weight) if layer.bias is None else layer.bias
+        self.experts = nn.ModuleList(PackedLinear(*pair, product) for pair in zip(layer.weight, biases, strict=True))
+
+    def forward(self, x: Tensor, dispatch: Dispatch) -> Tensor:
+        y, start = x.new_empty(len(x), self.out_features, dtype=torch.float32), 0
+        for expert, end in zip(self.experts, dispatch.ends.tolist(), strict=True):
+            if end > start:
+                y[start:end] = expert(x[start:end])
+            start = end
+        return y
+
+
 class ChannelsOf(nn.Module):
     """Output channels start to stop of a linear layer that several layers of one input were joined to."""
 
@@ -74,7 +93,7 @@ class PackedEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = weight.shape
         self.table = weight.detach().to(torch.bfloat16 if dtype in CODES.values() else dtype)
-        self.weight = nn.Parameter(torch.empty(0, self.embedding_dim), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(0, self.embedding_dim, **FLOATS), requires_grad=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return F.embedding(input_ids, self.table).float()
@@ -106,7 +125,7 @@ def check_packable(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def pack_weights(model: nn.Module, dtype: torch.dtype, product: Product, head: Product) -> None:
-    """Replace the linear layers and token embeddings of a packable model, in place; the rest becomes float32.
+    """Replace the linear layers, experts and token embeddings of a packable model, in place; the rest becomes float32.
 
     head: the product of the output head. Layers that are packed already stay. A scoring head, of few channels, keeps float32.
     """
@@ -115,6 +134,8 @@ def pack_weights(model: nn.Module, dtype: torch.dtype, product: Product, head: P
         for name, module in list(parent.named_children()):
             if module not in replaced and type(module) is nn.Linear and name != "score":
                 replaced[module] = PackedLinear(module.weight, module.bias, head if name == HEAD else product)
+            elif module not in replaced and type(module) is ExpertLinear:
+                replaced[module] = PackedExperts(module, product)
             elif module not in replaced and name == "embed" and type(module) is nn.Embedding:
                 replaced[module] = PackedEmbedding(module.weight, dtype)
             if module in replaced:
@@ -127,7 +148,7 @@ def bytes_when_packed(model: nn.Module, dtype: torch.dtype) -> int:
     """Bytes that `pack_weights` makes of linear layers and token embeddings, for int8 or int4."""
     bits = 0
     for name, module in model.named_modules():
-        if type(module) is nn.Linear:
+        if type(module) in (nn.Linear, ExpertLinear):
             bits += module.weight.numel() * (BITS[torch.int8] if name.endswith(HEAD) else BITS[dtype])
         elif type(module) is nn.Embedding and name.endswith("embed"):
             bits += module.weight.numel() * 16
@@ -180,7 +201,7 @@ def equalize(model: nn.Module) -> None:
 
 def _refuse_change(fn: Callable[[Tensor], Tensor]) -> None:
     """RuntimeError for a function of `Module._apply` that moves or casts: packed weights are of this CPU."""
-    probe = torch.empty(0)
+    probe = torch.empty(0, **FLOATS)
     changed = fn(probe)
     if changed.device != probe.device or changed.dtype != probe.dtype:
         raise RuntimeError("this model's weights are packed for products on a CPU: load it again to move or cast it")

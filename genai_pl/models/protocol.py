@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from genai_pl.config.model import ModelConfig
+from genai_pl.distributed.context_group import ContextGroup
 from genai_pl.models.kv_cache import KVCache
 
 
@@ -23,6 +24,7 @@ class LanguageModel(Protocol):
     lm_head: the layer from hidden states to logits; None on a model that embeds or scores text
     blocks: its layers in order, each of which FSDP, recomputation and float8 treat as a unit; a shared one repeats
     feature_methods: names of the methods that run the layers instead of `forward`; FSDP gathers weights before them
+    context_group: ranks that divide the tokens of each row (`ALONE`: none); hidden states are those of this rank's tokens
     """
 
     config: ModelConfig
@@ -30,6 +32,7 @@ class LanguageModel(Protocol):
     lm_head: nn.Linear | None
     blocks: Sequence[nn.Module]
     feature_methods: tuple[str, ...]
+    context_group: ContextGroup
 
     def features(self, input_ids: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, C) of input_ids (B, T); segment_ids (B, T): 0 is padding, 1.. the documents of a row."""
@@ -61,8 +64,8 @@ class PipelineModel(LanguageModel, Protocol):
     input_modules: Iterable[nn.Module]
     output_modules: Iterable[nn.Module]
 
-    def keep_blocks(self, blocks: range, received: Callable[[], Tensor] | None) -> None:
-        """Compute these blocks only, from now on, on hidden states that `received` returns (None: on embeddings)."""
+    def with_blocks(self, blocks: range, received: Callable[[], Tensor] | None) -> "PipelineModel":
+        """A model of the same modules with these blocks only, on hidden states that `received` returns (None: embeddings)."""
 
 
 @runtime_checkable

@@ -98,6 +98,11 @@ def n_virtual(model: nn.Module) -> int:
     return max((module.n_tokens for module in model.modules() if isinstance(module, VirtualTokens)), default=0)
 
 
+def context_of(model: nn.Module) -> int:
+    """Tokens of text that the model reads at once: its context less the virtual tokens of adapters."""
+    return model.config.max_seq_len - n_virtual(model)
+
+
 NO_PREFIX = VirtualPrefix()
 
 

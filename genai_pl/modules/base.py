@@ -57,6 +57,9 @@ class BaseModule(L.LightningModule, ABC):
     further_kinds: tuple[str, ...] = ()  # kinds that it reads beside data_kind, one at a time
     source_kinds: tuple[str, ...] = ()  # further kinds that sources of a mixture may have
     needs: tuple[str, ...] = ()  # special tokens that the tokenizer must have: mask, sentinels, fim
+    divides_sequences = (
+        False  # whether ranks may hold some tokens of each row, whose hidden states alone `step` then has
+    )
     sparse = False  # whether only a minority of tokens is predicted
     needs_reward = False  # whether a reward function scores completions in training
     needs_teacher = False  # whether a teacher's predictions are learned
@@ -176,8 +179,9 @@ class BaseModule(L.LightningModule, ABC):
             sums = self.step(batch)
         self.accumulate(sums)
         loss = sums["loss"] + self.routing.loss(batch["targets"])
-        # Lightning divides by the accumulated batches, and the strategy by the replicas
-        scale = self.trainer.accumulate_grad_batches * n_replicas(self.trainer)
+        # Lightning divides by the accumulated batches, and the strategy by the replicas and by ranks that share a row's
+        # tokens, whose gradients add up
+        scale = self.trainer.accumulate_grad_batches * n_replicas(self.trainer) * self.model.context_group.size
         return loss * (scale / targets)
 
     def step_targets(self, batch: Batch) -> Tensor:

@@ -15,6 +15,7 @@ class CausalLMModule(TokenModule):
 
     shapes = ("decoder",)
     source_kinds = ("text", "chat")  # of a conversation the answers are learned
+    divides_sequences = True
     make_collator = CausalLMCollator
 
     def hidden(self, batch: Batch) -> Tensor:

@@ -4,22 +4,31 @@ Three ways to be taught share one loss: the teacher runs beside the student; its
 (`teacher_cache.py`); or the student writes some of the completions that both then read (on-policy).
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
-from genai_pl.kernels.distillation import Teacher, TeacherLogprobs, Weights, linear_distillation, linear_teacher
+from genai_pl.kernels.distillation import Weights, linear_distillation
 from genai_pl.models import Model
-from genai_pl.modules.base import Batch, Metrics
+from genai_pl.modules.base import Batch, Metrics, n_replicas
 from genai_pl.modules.by_source import LOSSES, TARGETS
 from genai_pl.modules.clm import CausalLMModule
 from genai_pl.modules.columns import Column
 from genai_pl.modules.rollout import generate_rollout
-from genai_pl.modules.teacher_cache import TeacherCache, fill_cache
-from genai_pl.modules.text_alignment import TextAlignment, gather_pairs
+from genai_pl.modules.served_teacher import Server
+from genai_pl.modules.teacher_cache import (
+    Contents,
+    TeacherCache,
+    check_file,
+    default_cache,
+    digest_rows,
+    fill_cache,
+)
+from genai_pl.modules.teachers import FileTeacher, RowTeacher
 from genai_pl.objectives import IGNORED, SpecialTokens, masked_accuracy
 from genai_pl.objectives.distillation import DistillCollator, join_batches, prompts_of_row
 
@@ -39,13 +48,14 @@ class TaughtRows(NamedTuple):
 class DistillModule(CausalLMModule):
     """alpha cross entropy + (1 - alpha) temperature^2 divergence from a teacher's predictions (Hinton et al. 2015).
 
-    teacher: name of a model with the student's vocabulary; `use_teacher` gives the model itself
+    teacher: name of a model with the student's vocabulary; `use_teacher` gives what it predicts
     beta: divergence: 0 forward KL(teacher || student), 1 reverse KL, between generalized Jensen-Shannon (Agarwal et al. 2024)
     temperature: of both distributions
     alpha: weight of the cross entropy of the data's tokens
     top_k: write the teacher's likeliest tokens to disk before training, and free it; None: it runs beside the student
     teacher_cache: folder of these files, None for the default
     universal: compare sorted probabilities with a teacher of any tokenizer (Boizard et al. 2024) instead of the divergence
+    server: how a teacher that is an address is asked
     student_fraction: share of rows whose completions the student writes itself
     max_new_tokens, sampling_temperature: of those completions
     text_prompt_tokens: tokens of a text that the student continues; a conversation is answered at its first answer
@@ -55,6 +65,7 @@ class DistillModule(CausalLMModule):
     needs_teacher = True
     make_collator = DistillCollator
     divisible = False
+    divides_sequences = False
     columns = (*CausalLMModule.columns, Column("train/divergence", "diverg.", "{:8.4f}"))
 
     def __init__(
@@ -72,6 +83,7 @@ class DistillModule(CausalLMModule):
         top_k: int | None,
         teacher_cache: str | None,
         universal: bool,
+        server: Server,
         student_fraction: float,
         max_new_tokens: int,
         sampling_temperature: float,
@@ -107,91 +119,77 @@ class DistillModule(CausalLMModule):
                 f"{model.config.max_seq_len} tokens"
             )
         self.teacher_name, self.top_k, self.teacher_cache = teacher, top_k, teacher_cache
-        self.universal, self.alignment = universal, None
+        self.universal, self.server = universal, server
         self.beta, self.temperature, self.alpha = beta, temperature, alpha
         self.student_fraction, self.text_prompt_tokens = student_fraction, text_prompt_tokens
         self.sampling = GenerationConfig(max_new_tokens=max_new_tokens, temperature=sampling_temperature)
         self.vocabulary = vocabulary
-        self._teacher: list[nn.Module] = []  # in a list: no submodule, and in no checkpoint
-        self.cache: TeacherCache | None = None
+        self.teacher: RowTeacher  # from `use_teacher`; no submodule, and in no checkpoint
 
-    def use_teacher(self, teacher: nn.Module, alignment: TextAlignment | None = None) -> None:
-        """Set the teacher, which is frozen; ConfigError unless it predicts tokens of the student's vocabulary.
-
-        alignment: of its tokens with the student's, with `universal`.
-        """
-        self.alignment = alignment
-        if alignment is None and teacher.config.vocab_size != self.model.config.vocab_size:
-            sizes = f"{teacher.config.vocab_size:,} tokens, the student has {self.model.config.vocab_size:,}"
-            raise ConfigError(f"objective.teacher={self.teacher_name}: predicts {sizes}; they must share a vocabulary")
-        self._teacher = [teacher.requires_grad_(False).eval()]
-        self.longest_prompt = min(self.longest_prompt, teacher.config.max_seq_len - self.sampling.max_new_tokens)
-
-    @property
-    def teacher(self) -> nn.Module:
-        """The teacher, which is no submodule."""
-        return self._teacher[0]
+    def use_teacher(self, teacher: RowTeacher) -> None:
+        """Set the teacher; ConfigError for one that cannot judge what the student writes."""
+        if teacher.finite and self.student_fraction:
+            raise ConfigError("objective.student_fraction: what the student writes is not on disk; set it to 0")
+        self.teacher = teacher
+        if teacher.context is not None:
+            self.longest_prompt = min(self.longest_prompt, teacher.context - self.sampling.max_new_tokens)
 
     def on_fit_start(self) -> None:
         """Move the teacher to the device; with top_k, have it write what it knows of all training rows, and free it."""
         super().on_fit_start()
         self.teacher.to(self.device)
-        data, context = self.trainer.datamodule, self.teacher.config.max_seq_len
+        data, context = self.trainer.datamodule, self.teacher.context
         if self.universal and data.kind != "text":
             raise ConfigError(
                 "objective.universal=true: reads texts, not conversations, which each template writes otherwise"
             )
-        too_long = context < data.seq_len and not self.universal
+        too_long = context is not None and context < data.seq_len and not self.universal
         if too_long or (self.student_fraction and self.longest_prompt < 1):
             raise ConfigError(
                 f"objective.teacher={self.teacher_name}: reads at most {context} tokens; lower data.seq_len "
                 f"({data.seq_len}) and objective.max_new_tokens"
             )
-        if self.top_k is not None:
-            if self.source_names or data.streaming:
-                raise ConfigError("objective.top_k: a stream or mixture has no fixed rows; leave objective.top_k null")
-            self.cache = fill_cache(self, data.train_rows, seq_len=data.seq_len, batch_size=data.batch_size)
-            self._teacher = []
+        has_fixed_rows = not (self.source_names or data.streaming)
+        if (self.top_k is not None or self.teacher.finite) and not has_fixed_rows:
+            raise ConfigError("objective.top_k: a stream or mixture has no fixed rows; leave objective.top_k null")
+        if isinstance(self.teacher, FileTeacher):
+            check_file(self.teacher.cache, data.train_rows, seq_len=data.seq_len, temperature=self.temperature)
+        elif self.top_k is not None:
+            self.teacher = FileTeacher(self._written(self.top_k), vocab_size=self.model.config.vocab_size)
 
-    def teach(self, batch: Batch, labels: Tensor) -> Teacher:
-        """The teacher's predictions for rows: by chunks of their flattened tokens (B T)."""
-        return self._teach(batch, labels)[0]
-
-    def _teach(self, batch: Batch, labels: Tensor) -> tuple[Teacher, Tensor | None]:
-        """The teacher's predictions, and which tokens (B T) have any; None: all have."""
-        if self.alignment is not None:
-            return self._teach_text(batch)
-        if self.cache is not None:
-            logprobs, ids = self.cache.read(batch["rows"], labels.shape[1], device=labels.device)
-            flat_logprobs, flat_ids = logprobs.flatten(0, 1), ids.flatten(0, 1)
-            return lambda rows: TeacherLogprobs(flat_logprobs[rows], flat_ids[rows]), None
-        return self._predictions(self._read(batch["input_ids"], batch.get("segment_ids")).flatten(0, 1)), None
-
-    def _teach_text(self, batch: Batch) -> tuple[Teacher, Tensor]:
-        """What a teacher with another tokenizer predicts where it has read the same text, by rank, and where that is, (B T)."""
-        segments = batch.get("segment_ids", torch.ones_like(batch["input_ids"]))
-        read = self.alignment.read(batch["input_ids"], segments)
-        predict = self._predictions(gather_pairs(self._read(read.input_ids, read.segment_ids), read.pairs))
-        return lambda rows: predict(rows)._replace(ranked=True), (read.pairs >= 0).flatten()
-
-    @torch.no_grad()
-    def _read(self, input_ids: Tensor, segments: Tensor | None) -> Tensor:
-        """The teacher's states before its head, (B, T, C)."""
-        return self.teacher.to_head(self.teacher.features(input_ids, segments))
-
-    def _predictions(self, hidden: Tensor) -> Teacher:
-        """What the teacher predicts from such states (N, C)."""
-        head, softcap = self.teacher.lm_head, self.teacher.config.logit_softcap
-        return linear_teacher(hidden, head.weight, bias=head.bias, softcap=softcap, temperature=self.temperature)
+    def _written(self, top_k: int) -> TeacherCache:
+        """The complete file of the teacher for the training rows, in the cache folder."""
+        data, trainer, teacher = self.trainer.datamodule, self.trainer, self.teacher
+        ranks = trainer.strategy.distributed_sampler_kwargs if n_replicas(trainer) > 1 else {}
+        contents = Contents(
+            len(data.train_rows),
+            data.seq_len,
+            top_k,
+            digest_rows(data.train_rows, data.seq_len),
+            teacher.fingerprint(str(trainer.precision)),
+            self.teacher_name,
+            float(self.temperature),
+        )
+        root = Path(self.teacher_cache) if self.teacher_cache else default_cache()
+        folder = root / f"{contents.teacher}-{contents.digest[:16]}-k{top_k}"
+        if ranks.get("rank", 0) == 0:
+            TeacherCache.create(folder, contents, vocab_size=self.model.config.vocab_size)
+        trainer.strategy.barrier()
+        cache = TeacherCache(folder, writable=True)
+        options = {"device": self.device, "batch_size": data.batch_size, "barrier": trainer.strategy.barrier}
+        options |= {"rank": ranks.get("rank", 0), "n_ranks": n_replicas(trainer)}
+        context = trainer.precision_plugin.forward_context
+        fill_cache(cache, data.train_rows, self.collator, teacher, context=context, **options)
+        return cache
 
     def step(self, batch: Batch) -> Metrics:
         """Sums over labelled tokens: of the loss in training, of the cross entropy in validation, so that runs compare."""
-        if not self.training and self.cache is not None:
-            return super().step(batch)  # the teacher is gone
+        if not self.training and self.teacher.finite:
+            return super().step(batch)  # it knows nothing of these rows
         taught = self._taught_rows(batch)
         rows, model = taught.batch, self.model
         hidden, labels = model.to_head(self.hidden(rows)), rows["labels"]
-        teacher, has_pair = self._teach(rows, labels)
+        teacher, has_pair = self.teacher(rows, labels)
         if has_pair is not None:
             taught = taught._replace(divergence=taught.divergence * has_pair.view_as(labels))
         loss, losses = linear_distillation(

@@ -24,6 +24,7 @@ class KTOModule(BaseModule):
 
     shapes = ("decoder",)
     data_kind = "unpaired"
+    divides_sequences = True
     columns = (
         *BaseModule.columns,
         Column("rewards/margins", "margin", "{:8.4f}"),

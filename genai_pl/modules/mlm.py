@@ -13,6 +13,7 @@ class MaskedLMModule(TokenModule):
     shapes = ("encoder",)
     needs = ("mask",)
     sparse = True
+    divides_sequences = True
     make_collator = MaskedLMCollator
 
     def hidden(self, batch: Batch) -> Tensor:

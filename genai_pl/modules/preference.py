@@ -47,6 +47,7 @@ class PreferenceModule(BaseModule):
 
     shapes = ("decoder",)
     data_kind = "preference"
+    divides_sequences = True
     columns = (
         *BaseModule.columns,
         Column("rewards/margins", "margin", "{:8.4f}"),
@@ -243,10 +244,11 @@ def token_logprobs(model: nn.Module, batch: Batch, *, hidden: Tensor | None = No
     """
     if hidden is None:
         hidden = model.features(batch["input_ids"], batch["segment_ids"], **shared_prompt_inputs(batch))
-    hidden, head = model.to_head(hidden), model.lm_head
-    return linear_logprobs(
-        hidden, head.weight, batch["labels"], bias=head.bias, softcap=model.config.logit_softcap, ignore_index=IGNORED
-    )
+    hidden, head, context = model.to_head(hidden), model.lm_head, model.context_group
+    labels = context.shard(batch["labels"], IGNORED)  # of the tokens whose hidden states this rank has
+    options = {"bias": head.bias, "softcap": model.config.logit_softcap, "ignore_index": IGNORED}
+    logprobs = linear_logprobs(hidden, head.weight, labels, **options)
+    return context.gather_values(logprobs, batch["labels"].shape[1])
 
 
 def completion_logprobs(model: nn.Module, batch: Batch, n: int = 2) -> Tensor:

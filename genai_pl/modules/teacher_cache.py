@@ -2,62 +2,95 @@
 
 A position takes 4 bytes for each of the k tokens (6 with more than 65,536 words): its id and its log-probability in float16,
 and 2 bytes for the log of the probability of all others. On reading, the k + 1 are normalized, so that float16 loses digits
-of each but no mass. Files are named after the teacher, the rows, k and the temperature: they fit, or are not found.
+of each but no mass. Files of the cache are named after the teacher, the rows and k: they fit, or are not found;
+one that is named in `objective.teacher` is checked.
 A row is marked after it has been written, so a writer that was killed goes on where it was.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from genai_pl.atomic_io import naming, write_atomic
+from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.kernels.distillation import top_logprobs
-from genai_pl.modules.base import n_replicas
-from genai_pl.modules.precompute import fingerprint
+from genai_pl.modules.base import Batch
 from genai_pl.objectives import IGNORED
 
 if TYPE_CHECKING:
-    from genai_pl.modules.distillation import DistillModule
+    from genai_pl.modules.teachers import RowTeacher
 
 log = logging.getLogger(__name__)
-SHAPES = "shapes.json"
+CONTENTS = "teacher.json"
+
+
+class Contents(NamedTuple):
+    """What a file holds: rows of seq_len positions with top_k tokens each, and the dtype of ids.
+
+    digest: of the rows (`digest_rows`). teacher: its fingerprint. name: what it was called. temperature: of its predictions.
+    """
+
+    rows: int
+    seq_len: int
+    top_k: int
+    digest: str
+    teacher: str
+    name: str
+    temperature: float
+    ids: str = "int32"
 
 
 class TeacherCache:
     """The arrays of a folder: ids (R, T, K), logprobs (R, T, K + 1) in float16, and done (R,), 1 for finished rows."""
 
-    def __init__(self, folder: Path) -> None:
-        shapes = json.loads((folder / SHAPES).read_text())
-        R, T, K = shapes["rows"], shapes["seq_len"], shapes["top_k"]
-        self.folder = folder
-        self.ids = np.memmap(folder / "ids", dtype=shapes["ids"], mode="r+", shape=(R, T, K))
-        self.logprobs = np.memmap(folder / "logprobs", dtype=np.float16, mode="r+", shape=(R, T, K + 1))
-        self.done = np.memmap(folder / "done", dtype=np.uint8, mode="r+", shape=(R,))
+    def __init__(self, folder: Path, *, writable: bool = False) -> None:
+        self.folder, mode = folder, "r+" if writable else "r"
+        try:
+            values = json.loads((folder / CONTENTS).read_text())
+            self.contents = Contents(**values)
+            R, T, K = self.contents[:3]
+            self.ids = np.memmap(folder / "ids", dtype=self.contents.ids, mode=mode, shape=(R, T, K))
+            self.logprobs = np.memmap(folder / "logprobs", dtype=np.float16, mode=mode, shape=(R, T, K + 1))
+            self.done = np.memmap(folder / "done", dtype=np.uint8, mode=mode, shape=(R,))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{folder}: not a teacher's file of this version, or damaged ({error})") from None
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of a position: k ids, and k + 1 log-probabilities in float16."""
+        K = self.contents.top_k
+        return K * self.ids.itemsize + 2 * (K + 1)
 
     @staticmethod
-    def create(folder: Path, *, rows: int, seq_len: int, top_k: int, vocab_size: int) -> None:
+    def is_at(folder: Path) -> bool:
+        """True if a folder looks like one of these. Nothing is read."""
+        return (folder / CONTENTS).is_file()
+
+    @staticmethod
+    def create(folder: Path, contents: Contents, *, vocab_size: int) -> None:
         """Files of zeros for so many rows, unless the folder exists; they take space as they are written."""
         if folder.exists():
             return
-        ids = "uint16" if vocab_size <= 2**16 else "int32"
+        contents = contents._replace(ids="uint16" if vocab_size <= 2**16 else "int32")
+        R, T, K = contents[:3]
 
         def write(path: Path) -> None:
             path.mkdir()
             for name, dtype, shape in (
-                ("ids", ids, (rows, seq_len, top_k)),
-                ("logprobs", np.float16, (rows, seq_len, top_k + 1)),
-                ("done", np.uint8, (rows,)),
+                ("ids", contents.ids, (R, T, K)),
+                ("logprobs", np.float16, (R, T, K + 1)),
+                ("done", np.uint8, (R,)),
             ):
                 np.memmap(path / name, dtype=dtype, mode="w+", shape=shape).flush()
-            shapes = {"rows": rows, "seq_len": seq_len, "top_k": top_k, "ids": ids}
-            (path / SHAPES).write_text(json.dumps(shapes))
+            (path / CONTENTS).write_text(json.dumps(contents._asdict()))
 
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(folder, write)
@@ -80,47 +113,49 @@ class TeacherCache:
         return logprobs.log_softmax(-1), ids
 
 
-def fill_cache(module: "DistillModule", rows: Sequence[dict], *, seq_len: int, batch_size: int) -> TeacherCache:
-    """The complete cache of a module's teacher for the training rows; what its folder lacks is computed and written there.
+def fill_cache(
+    cache: TeacherCache,
+    rows: Sequence[dict],
+    collate: Callable[[list[dict]], Batch],
+    teacher: "RowTeacher",
+    *,
+    device: torch.device,
+    batch_size: int,
+    rank: int = 0,
+    n_ranks: int = 1,
+    barrier: Callable[[], object] = lambda: None,
+    context: Callable[[], AbstractContextManager] = nullcontext,
+    advance: Callable[[int], object] = lambda n: None,
+) -> None:
+    """Have the teacher write what a file lacks of the training rows.
 
-    Each replica computes a part of the rows, on a file system that all of them see.
+    collate: makes batches of rows that have a `key`. context: of its forward passes, for their precision. advance: is called
+    with the number of rows of each batch that is written. Each of n_ranks replicas computes a part of the rows, on a file
+    system that all of them see; barrier: waits for all.
     """
-    trainer, teacher, k = module.trainer, module.teacher, module.top_k
-    names = (
-        fingerprint(teacher, str(trainer.precision), f"{module.temperature}"),
-        digest_rows(rows, seq_len)[:16],
-        f"k{k}",
-    )
-    root = Path(module.teacher_cache) if module.teacher_cache else default_cache()
-    folder = root / "-".join(names)
-    ranks = trainer.strategy.distributed_sampler_kwargs if n_replicas(trainer) > 1 else {}
-    if ranks.get("rank", 0) == 0:
-        sizes = {"rows": len(rows), "seq_len": seq_len, "top_k": k, "vocab_size": teacher.config.vocab_size}
-        TeacherCache.create(folder, **sizes)
-    trainer.strategy.barrier()
-    cache = TeacherCache(folder)
     missing = np.flatnonzero(cache.done == 0)
-    trainer.strategy.barrier()  # all have seen what is missing before anyone writes
-    log.info("teacher     %s of %s rows are in %s", f"{len(rows) - len(missing):,}", f"{len(rows):,}", folder)
+    barrier()  # all have seen what is missing before anyone writes
+    log.info("teacher     %s of %s rows are in %s", f"{len(rows) - len(missing):,}", f"{len(rows):,}", cache.folder)
     batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-    for numbers in batches[ranks.get("rank", 0) :: n_replicas(trainer)]:
-        batch = module.collator([{**rows[int(n)], "key": (0, int(n))} for n in numbers])
-        batch = {name: x.to(module.device) for name, x in batch.items()}
-        with trainer.precision_plugin.forward_context():
-            cache.write(numbers, *_teach(module, batch))
-    trainer.strategy.barrier()
-    return cache
+    for numbers in batches[rank::n_ranks]:
+        batch = collate([{**rows[int(n)], "key": (0, int(n))} for n in numbers])
+        batch = {name: x.to(device) for name, x in batch.items()}
+        with context():
+            cache.write(numbers, *_teach(teacher, batch, cache.contents.top_k))
+        advance(len(numbers))
+    barrier()
 
 
 @torch.no_grad()
-def _teach(module: "DistillModule", batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _teach(teacher: "RowTeacher", batch: Batch, k: int) -> tuple[Tensor, Tensor]:
     """The teacher's logprobs (B, T, K + 1) and ids (B, T, K) of a batch, zeros where nothing is learned."""
-    labels, k = batch["labels"], module.top_k
-    predict = module.teach(batch, labels)
+    labels = batch["labels"]
+    predict = teacher(batch, labels).predict
     places = (labels.flatten() != IGNORED).nonzero()[:, 0]
     logprobs, ids = labels.new_zeros(labels.numel(), k + 1, dtype=torch.float32), labels.new_zeros(labels.numel(), k)
     for part in places.split(256):
-        taught = top_logprobs(predict(part).logprobs, k)
+        taught = predict(part)
+        taught = top_logprobs(taught.logprobs, k) if taught.ids is None else taught
         logprobs[part], ids[part] = taught.logprobs, taught.ids
     return logprobs.view(*labels.shape, -1), ids.view(*labels.shape, -1)
 
@@ -136,6 +171,24 @@ def digest_rows(rows: Sequence[dict], seq_len: int) -> str:
                 digest.update(f"{name} {len(values)}".encode())
                 digest.update(values.tobytes())
     return digest.hexdigest()
+
+
+def check_file(cache: TeacherCache, rows: Sequence[dict], *, seq_len: int, temperature: float) -> None:
+    """ConfigError where a file that `objective.teacher` names is not of these rows and this temperature, or not complete."""
+    contents, option = cache.contents, f"objective.teacher={cache.folder}"
+    if (contents.rows, contents.seq_len) != (len(rows), seq_len):
+        raise ConfigError(
+            f"{option}: holds {contents.rows:,} rows of {contents.seq_len} tokens, the data give {len(rows):,} of {seq_len}; "
+            "give the data options that it was written with (data.seq_len, data.val_fraction, seed)"
+        )
+    if contents.digest != digest_rows(rows, seq_len):
+        raise ConfigError(f"{option}: holds other rows than the data give: other texts, tokenizer or chat template")
+    if contents.temperature != temperature:
+        raise ConfigError(
+            f"{option}: was written at temperature {contents.temperature}; set objective.temperature to it"
+        )
+    if missing := int((cache.done == 0).sum()):
+        raise ConfigError(f"{option}: {missing:,} rows are missing; the command that wrote it goes on where it was")
 
 
 def default_cache() -> Path:

@@ -56,7 +56,9 @@ class TokenModule(BaseModule):
     def step(self, batch: Batch) -> Metrics:
         """Sums over labelled tokens; regularizers of the loss act in training only, so validation losses compare."""
         # hidden states of positions that have a label, and their loss; logits of all positions never exist
-        labels, model = batch["labels"], self.model
+        model, context = self.model, self.model.context_group
+        n_bytes = self.n_bytes[batch["labels"][batch["labels"] != IGNORED]].sum()
+        labels = context.shard(batch["labels"], IGNORED)  # of the tokens whose hidden states this rank has
         labelled = labels != IGNORED
         hidden = self.hidden(batch)
         by_source, groups = None, None
@@ -78,13 +80,13 @@ class TokenModule(BaseModule):
             by_group=by_source,
         )
         # sums for the logs: bytes of the predicted tokens, and in validation how many were predicted exactly
-        sums = {"loss": loss, "bytes": self.n_bytes[batch["labels"][labelled]].sum()}
+        sums = {"loss": context.total(loss), "bytes": n_bytes}
         if not self.training:  # costs a second product with the head
-            sums["correct"] = masked_accuracy(hidden, head, labels, bias=bias)
+            sums["correct"] = context.total(masked_accuracy(hidden, head, labels, bias=bias))
         if by_source is not None:
             counts = torch.zeros_like(by_source.sums)
             counts.index_add_(0, groups.reshape(-1), (labels != IGNORED).reshape(-1).to(counts))
-            sums |= {LOSSES: by_source.sums, TARGETS: counts}
+            sums |= {LOSSES: context.total(by_source.sums), TARGETS: context.total(counts)}
         return sums
 
     def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:

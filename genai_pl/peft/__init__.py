@@ -11,12 +11,13 @@ from genai_pl.peft.adapter_layers import tie_weights
 from genai_pl.peft.bitfit import bitfit
 from genai_pl.peft.bottleneck import bottleneck
 from genai_pl.peft.ia3 import ia3
-from genai_pl.peft.io.folder import METHODS, add_label_head, load_adapter, save_adapter
+from genai_pl.peft.io.folder import METHODS, add_label_head, load_adapter, read_method, save_adapter
 from genai_pl.peft.lora import lora
 from genai_pl.peft.merge import merge
 from genai_pl.peft.prefix import prefix
 from genai_pl.peft.prompt import prompt
 from genai_pl.peft.quantize import quantize
+from genai_pl.peft.remove import remove_adapter
 from genai_pl.peft.share_base import base_tensors, hold_base_in_16_bits, share_frozen
 from genai_pl.peft.targets import describe
 
@@ -40,6 +41,8 @@ __all__ = [
     "prefix",
     "prompt",
     "quantize",
+    "read_method",
+    "remove_adapter",
     "save_adapter",
     "share_frozen",
     "tie_weights",

@@ -18,10 +18,13 @@ class Layout:
 
     data: replicas that see different batches
     experts: replicas that hold the experts of a mixture between them
+    context: devices that divide the tokens of each row; weights are sharded over them as over replicas
     tensor: devices that share each layer
     stages: devices of a pipeline, each of which holds some of the layers
     micro_batches: of a batch, in a pipeline
     gpipe: all forward passes come first; else the schedule is 1F1B
+    loops: stages of each device in an interleaved schedule
+    zero_bubble: gradients of weights fill the waits of that schedule
     sequence: hidden states between attention and MLP are sharded over the devices that share a layer
     zero: what replicas divide: 1 optimizer states, 2 gradients too, 3 weights too
     per_node: devices with fast links to each other
@@ -31,10 +34,13 @@ class Layout:
 
     data: int = 1
     experts: int = 1
+    context: int = 1
     tensor: int = 1
     stages: int = 1
     micro_batches: int = 1
     gpipe: bool = False
+    loops: int = 1
+    zero_bubble: bool = False
     sequence: bool = False
     zero: int = 0
     per_node: int = 8
@@ -43,11 +49,32 @@ class Layout:
 
     @property
     def devices(self) -> int:
-        return self.data * self.tensor * self.stages
+        return self.shards * self.tensor * self.stages
 
-    def in_flight(self, stage: int) -> int:
-        """Micro-batches that a stage holds at once: under 1F1B one per stage from it on (Narayanan et al. 2019)."""
+    @property
+    def shards(self) -> int:
+        """Devices that see different tokens, among which ZeRO divides weights, gradients and states."""
+        return self.data * self.context
+
+    def in_flight(self, stage: int) -> float:
+        """Micro-batches that a device holds at once: under 1F1B one per stage from it on (Narayanan et al. 2019).
+
+        Interleaved, 2 (p - 1 - rank) + (v - 1) p + 1 of one of its v stages, as the forward passes before its first
+        backward pass are (Narayanan et al. 2021, section 2.2).
+        """
+        if self.loops > 1:
+            n = 2 * (self.stages - 1 - stage) + (self.loops - 1) * self.stages + 1
+            return min(n / self.loops, self.micro_batches)
         return self.micro_batches if self.gpipe else min(self.stages - stage, self.micro_batches)
+
+    @property
+    def idle(self) -> float:
+        """The time that a pipeline waits as a share of its work: (p - 1) / (m v) (Narayanan et al. 2021, section 2.2).
+
+        Of forward pass, gradient of inputs and gradient of weights, equally long, zero bubble fills two waits out of
+        three (Qi et al. 2024, table 1, ZB-H1).
+        """
+        return (self.stages - 1) / (self.micro_batches * self.loops) / (3 if self.zero_bubble else 1)
 
 
 @dataclass(frozen=True)
@@ -126,7 +153,7 @@ def memory(share: Share, layout: Layout, *, activations: float, loss: float, sta
     )
     gathered = 0.0
     activations *= layout.in_flight(stage) / layout.micro_batches
-    if layout.zero == 3 and layout.data > 1:
+    if layout.zero == 3 and layout.shards > 1:
         # the current block and the next, which is prefetched, and the gradient of one
         gathered = 3 * share.largest * share.compute_bytes
     elif layout.buckets and layout.data > 1:
@@ -140,7 +167,7 @@ def states(
     n: int, trained: int, layout: Layout, *, weight_bytes: float, gradient_bytes: float, optimizer_bytes: float
 ) -> tuple[float, float, float]:
     """Bytes of weights, gradients and optimizer states of one device, for n parameters of which some are trained."""
-    divisors = [layout.data if layout.zero >= stage else 1 for stage in (3, 2, 1)]
+    divisors = [layout.shards if layout.zero >= stage else 1 for stage in (3, 2, 1)]
     return (
         n * weight_bytes / divisors[0],
         trained * gradient_bytes / divisors[1],
@@ -186,30 +213,32 @@ def traffic(
     passes: int,
     recomputed: float,
     expert_rows: int = 0,
+    kv_width: int = 0,
 ) -> list[Traffic]:
-    """Every collective of an optimizer step of `passes` batches of `tokens` tokens per device, rings throughout.
+    """Every collective of an optimizer step of `passes` batches of `tokens` tokens that one device computes, rings throughout.
 
     expert_rows: rows that a token is in all mixture layers together, k in each
+    kv_width: numbers in the keys and values of a token in a layer, 2 K D
 
     A ring of n sends (n - 1) / n of what it gathers or scatters, and twice that to all-reduce (Patarasuk and Yuan
     2009). `recomputed` is the share of blocks whose forward pass runs again. Under expert parallelism a device gathers and
     sums the experts that it holds with data / experts others.
     """
     collectives: list[Traffic] = []
-    wide = layout.data > 1 and layout.devices > layout.per_node
-    ring = (layout.data - 1) / layout.data
-    # between replicas: weights and gradients
-    if layout.data > 1 and layout.zero == 3:
+    wide = layout.shards > 1 and layout.devices > layout.per_node
+    ring = (layout.shards - 1) / layout.shards
+    # between replicas, and devices that divide rows: weights and gradients
+    if layout.shards > 1 and layout.zero == 3:
         # gathered for the forward pass and the backward pass (Rajbhandari et al. 2020, section 7.2.2: 1.5 times DDP)
         times = passes * (2 if layout.regathers else 1)
-        own_ring = (layout.data / layout.experts - 1) / layout.data  # of 1 / experts of the experts
+        own_ring = (layout.shards / layout.experts - 1) / layout.shards  # of 1 / experts of the experts
         gathered = ring * (share.weights - share.experts) + own_ring * share.experts
         summed = ring * (share.trained - share.trained_experts) + own_ring * share.trained_experts
         sent = {
             "all-gather of weights": times * gathered * share.compute_bytes,
             "reduce-scatter of gradients": passes * summed * share.weight_bytes,
         }
-        collectives += [Traffic(what, n_bytes, layout.data, wide, True) for what, n_bytes in sent.items()]
+        collectives += [Traffic(what, n_bytes, layout.shards, wide, True) for what, n_bytes in sent.items()]
     elif layout.data > 1:
         summed = 2 * ring * share.trained * share.weight_bytes
         collectives.append(Traffic("all-reduce of gradients", summed, layout.data, wide, True))
@@ -226,6 +255,12 @@ def traffic(
         ring = 2 * (layout.tensor - 1) / layout.tensor
         wide = layout.tensor > layout.per_node
         collectives.append(Traffic(what, times * ring * crossing, layout.tensor, wide, False))
+    if layout.context > 1:
+        # gathered in the forward pass, and where that runs again; gradients are scattered (Llama Team 2024, 3.3.2)
+        gathered = tokens * layout.context * kv_width * share.compute_bytes
+        times = passes * n_layer * (2 + recomputed) * (layout.context - 1) / layout.context
+        wide = layout.context * layout.tensor > layout.per_node
+        collectives.append(Traffic("exchange of keys and values", times * gathered, layout.context, wide, False))
     if layout.experts > 1:
         # to the experts and back, forward and backward, forward again where it is recomputed (Lepikhin et al. 2020)
         times = passes * (4 + 2 * recomputed) * expert_rows * (layout.experts - 1) / layout.experts
@@ -233,7 +268,8 @@ def traffic(
         collectives.append(Traffic("all-to-all of tokens", times * crossing, layout.experts, wide, False))
     if layout.stages > 1:
         wide = layout.devices > layout.per_node
-        collectives.append(Traffic("send of hidden states", 2 * passes * crossing, layout.stages, wide, True))
+        sent = 2 * passes * layout.loops * crossing
+        collectives.append(Traffic("send of hidden states", sent, layout.stages, wide, True))
     return collectives
 
 
@@ -250,10 +286,10 @@ class Time:
 def step_time(machine: Machine, layout: Layout, sent: Iterable[Traffic], *, flops: float) -> Time:
     """The seconds of a step in which every device computes `flops`.
 
-    Traffic of gradients and weights hides behind products, that inside a layer does not. A pipeline of p stages is idle
-    for (p - 1) / m of its work over m micro-batches (Narayanan et al. 2021, section 2.2).
+    Traffic of gradients and weights hides behind products, that inside a layer does not. A pipeline is `idle` for
+    some of it.
     """
-    compute = flops / (machine.flops * machine.efficiency) * (1 + (layout.stages - 1) / layout.micro_batches)
+    compute = flops / (machine.flops * machine.efficiency) * (1 + layout.idle)
     seconds = {t: t.n_bytes / (machine.network if t.across_nodes else machine.link) for t in sent}
     # traffic that overlaps with products, and traffic that delays them
     hidden = sum(s for t, s in seconds.items() if t.hidden)

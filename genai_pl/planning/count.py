@@ -5,7 +5,7 @@ rules decide what a device holds, such as the stages of a pipeline.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -13,9 +13,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from genai_pl.config.enums import Shape
+from genai_pl.config.enums import AttentionKind, Shape
+from genai_pl.distributed.context_group import ContextGroup
 from genai_pl.errors import ConfigError
+from genai_pl.kernels import AttentionMask, ScoreOptions
 from genai_pl.kernels.attention import fused_only
+from genai_pl.kernels.mask import EVERYTHING
 from genai_pl.models import Model, ModelConfig, flops_per_token, n_parameters
 from genai_pl.models.attention import Attention
 from genai_pl.models.experts import Experts
@@ -25,6 +28,7 @@ from genai_pl.optim.muon import is_hidden_matrix
 from genai_pl.planning.activation_memory import ResultBytes, saved_tensor_bytes
 from genai_pl.planning.cost_model import Layout
 from genai_pl.strategies import kept_operations, recompute
+from genai_pl.strategies.context_parallel import split_sequences
 from genai_pl.strategies.pipeline_stages import parameter_stages
 
 # numbers of optimizer state per weight; Adafactor keeps a row and a column
@@ -75,10 +79,11 @@ def local_model_config(config: ModelConfig, layout: Layout) -> ModelConfig:
     )
 
 
-def stage_sizes(model: Model, n_stages: int) -> list[tuple[int, int]]:
-    """For each stage of a pipeline its parameters, and how many of them are trained."""
-    holders = parameter_stages(model, n_stages)
-    stage_parameters = [[parameter for parameter, stages in holders.items() if n in stages] for n in range(n_stages)]
+def stage_sizes(model: Model, n_ranks: int, loops: int = 1) -> list[tuple[int, int]]:
+    """For each device of a pipeline the parameters of its stages, and how many of them are trained."""
+    holders = parameter_stages(model, n_ranks * loops)
+    ranks = {parameter: {stage % n_ranks for stage in stages} for parameter, stages in holders.items()}
+    stage_parameters = [[parameter for parameter, held in ranks.items() if n in held] for n in range(n_ranks)]
     return [(sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)) for own in stage_parameters]
 
 
@@ -92,20 +97,25 @@ def activation_bytes(
     kind: str,
     fused: bool,
     sequence_shards: int = 1,
+    context: int = 1,
 ) -> float:
     """Bytes that a batch leaves for the backward pass of the layers.
 
-    With recomputation the peak counts: what is kept of all blocks, and one recomputed block in full.
+    With recomputation the peak counts: what is kept of all blocks, and one recomputed block in full. Where rows are divided,
+    so do the gradients of one layer's gathered keys and values, twice: as they are made and as they are sent.
 
     rows, seq_len: of the batch
     product: dtype of autocast, None for none
     every, kind: recomputation of every n-th block, full or selective; every=None: none
     fused: attention saves no scores, for dropout or dense products, as our GPU kernels do not
     sequence_shards: shards of each sequence between the parts of blocks, under sequence parallelism
+    context: devices that divide the tokens of each row
     """
     # the layers as the device would run them
+    if context > 1:
+        _divide_rows(model, context, fused=fused)
     if sequence_shards > 1:
-        _shard_sequences(model, seq_len, sequence_shards)
+        _shard_sequences(model, seq_len // context, sequence_shards)
     for module in model.modules():
         if fused and isinstance(module, Attention):
             module.dropout = 0.0
@@ -118,9 +128,11 @@ def activation_bytes(
             return model.features(ids, **target)
 
     # without recomputation: all that autograd saves
+    config, itemsize = model.config, (product or torch.get_default_dtype()).itemsize
+    keys = rows * seq_len * 2 * config.n_kv_head * config.head_dim * itemsize if context > 1 else 0
     everything = saved_tensor_bytes(model, run)
     if every is None:
-        return everything
+        return everything + 2 * keys
     # with it: the inputs of blocks, products if kept, and one block at a time in full
     with ResultBytes(kept_operations()) as products:
         run()
@@ -128,7 +140,50 @@ def activation_bytes(
     inputs = saved_tensor_bytes(model, run)
     n = max(1, n_recomputed(model, every))
     products_kept = products.n_bytes * n / len(model.blocks) if kind == "selective" else 0
-    return inputs + products_kept + (everything - inputs - products_kept) / n
+    return inputs + products_kept + (everything - inputs - products_kept) / n + 2 * keys
+
+
+def keep_exact(model: Model) -> None:
+    """Make float32 again what FSDP does not gather in the dtype of products, in place: all but the matrices of blocks.
+
+    So hidden states between blocks are float32, as those of the embeddings are.
+    """
+    rounded = {parameter for block in model.blocks for parameter in block.parameters() if parameter.ndim > 1}
+    for parameter in model.parameters():
+        if parameter not in rounded:
+            parameter.data = parameter.data.float()
+
+
+class _RepeatedKeys(ContextGroup):
+    """A group in which a rank takes its own keys for those of all others: their number is all that counts here."""
+
+    def gather_keys(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = torch.stack([k, v]).repeat(1, 1, 1, self.size, 1).unbind(0)
+        return keys, values
+
+
+class _Unmasked(nn.Module):
+    """Attention without a mask, which our GPU kernels do not write out.
+
+    attend: the attention function
+    """
+
+    def __init__(self, attend: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.attend = attend
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: AttentionMask, options: ScoreOptions
+    ) -> torch.Tensor:
+        return self.attend(q, k, v, EVERYTHING, options)
+
+
+def _divide_rows(model: Model, n: int, *, fused: bool) -> None:
+    """Make a model compute the tokens of one of n devices that divide rows, in place."""
+    for layer in model.modules():
+        if fused and isinstance(layer, Attention) and model.config.attention_kind is AttentionKind.full:
+            layer.attend = _Unmasked(layer.attend)
+    split_sequences(model, _RepeatedKeys(size=n))
 
 
 def _shard_sequences(model: Model, seq_len: int, n_shards: int) -> None:

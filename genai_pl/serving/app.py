@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from genai_pl.serving.errors import install
+from genai_pl.serving.http.admin import admin_routes
 from genai_pl.serving.http.anthropic import anthropic_routes
 from genai_pl.serving.http.bodies import Bodies
 from genai_pl.serving.http.label_routes import label_routes
@@ -24,16 +25,26 @@ from genai_pl.serving.rate_limits import RateLimits
 from genai_pl.serving.service import Service
 from genai_pl.serving.settings import Settings
 from genai_pl.serving.shutdown import stop_in_time
+from genai_pl.serving.tracing import Tracing
 
 MIN_BODY_VALUES = 65_536  # JSON values that a body may always have: parsing them takes some milliseconds
 REFRESH_SECONDS = 1.0  # between two updates of the gauges: queues, memory
 
 
-def create_app(backend: Service | Upstream, settings: Settings, metrics: Metrics, keys: Sequence[str] = ()) -> FastAPI:
+def create_app(
+    backend: Service | Upstream,
+    settings: Settings,
+    metrics: Metrics,
+    keys: Sequence[str] = (),
+    admin_keys: Sequence[str] = (),
+    tracing: Tracing | None = None,
+) -> FastAPI:
     """The FastAPI application in front of a model or of another server.
 
     backend: answers the routes; started and stopped with the application
     keys: accepted API keys; without any, requests need none
+    admin_keys: accepted keys of the admin routes; without any, or without a folder to load from, there are none
+    tracing: makes a span of each request; closed with the application
 
     Middleware runs outermost first: CORS, then Guard (request id, key, body, metrics), then FastAPI's error handlers.
     """
@@ -64,6 +75,8 @@ def create_app(backend: Service | Upstream, settings: Settings, metrics: Metrics
             with suppress(asyncio.CancelledError):
                 await task
             await backend.stop()
+            if tracing is not None:
+                await tracing.close()
             undo()
             gc.unfreeze()  # undoes worker.build: libraries check at exit which objects are left
 
@@ -78,6 +91,10 @@ def create_app(backend: Service | Upstream, settings: Settings, metrics: Metrics
         app.include_router(anthropic_routes(backend))
         app.include_router(label_routes(backend))
         app.include_router(token_routes(backend))
+        if settings.adapters_root is None:
+            admin_keys = ()
+        elif admin_keys:
+            app.include_router(admin_routes(backend))
     else:
         app.include_router(proxy_routes(backend))
     # middleware; the last one added is the outermost
@@ -87,7 +104,8 @@ def create_app(backend: Service | Upstream, settings: Settings, metrics: Metrics
     )
     rates = backend.rates if isinstance(backend, Service) else RateLimits(settings.requests_per_minute, None)
     logs = settings.log_format == "json"
-    app.add_middleware(Guard, metrics=metrics, keys=keys, bodies=bodies, rates=rates, logs=logs)
+    options = {"bodies": bodies, "rates": rates, "logs": logs, "tracing": tracing}
+    app.add_middleware(Guard, metrics=metrics, keys=keys, admin_keys=admin_keys, **options)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

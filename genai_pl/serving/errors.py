@@ -23,6 +23,7 @@ from genai_pl.errors import UserError
 log = logging.getLogger("genai_pl.serving")
 KINDS = {  # `type` of the error by status; any other status is invalid_request_error
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     408: "timeout_error",
     429: "rate_limit_error",

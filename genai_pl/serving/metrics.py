@@ -61,6 +61,7 @@ class Metrics:
         self.prefixes = self._counter("prefix_lookups", "Prompts looked up in the prefix cache", "result")
         self.prefix_tokens = self._counter("prefix_tokens", "Tokens of prompts that the prefix cache had")
         self.prefix_bytes = self._gauge("prefix_cache_bytes", "Bytes of keys and values in the prefix cache")
+        self.adapters = self._gauge("adapters", "Adapters in memory: served, or leaving after a last request", "state")
         for result in ("hit", "miss"):  # so that both series exist before the first lookup
             self.cache.labels(result)
             self.prefixes.labels(result)
@@ -106,6 +107,11 @@ class Metrics:
     def step(self, batch_size: int) -> None:
         """Requests of a decode step."""
         self.batch.observe(batch_size)
+
+    def adapters_changed(self, n_served: int, n_leaving: int) -> None:
+        """Adapters in memory."""
+        self.adapters.labels("served").set(n_served)
+        self.adapters.labels("leaving").set(n_leaving)
 
     # the server
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from genai_pl.serving.adapters import IN_USE, InUse
 from genai_pl.serving.errors import (
     ANTHROPIC_PATH,
     CLIENT_GONE,
@@ -25,9 +26,11 @@ from genai_pl.serving.fair_queue import CLIENT, network
 from genai_pl.serving.http.bodies import RESERVED_BYTES, Bodies
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.rate_limits import RateLimits
+from genai_pl.serving.tracing import Tracing
 
 OWN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")  # ids of clients: nothing that could forge a line of the log
 access = logging.getLogger("genai_pl.access")
+ADMIN_PATH = "/admin/"
 OPEN = {"/", "/health", "/ready", "/metrics", "/openapi.json", "/docs"}  # paths that need no key
 
 
@@ -37,9 +40,11 @@ class Guard:
     app: the application inside
     metrics: counts route, status and seconds of each request
     keys: accepted API keys; empty for none
+    admin_keys: keys of the paths below ADMIN_PATH, which no other key opens; empty where there are no such routes
     bodies: limits of request bodies, which are read completely before the application starts
     rates: limits of requests and tokens a minute, which requests that ask for work (POST) are counted by
     logs: a line in the log for each request
+    tracing: makes a span of each request, None for none
 
     Each request gets an id (`x-request-id`, the client's own if it sends one, and REQUEST for the log) and a client (CLIENT),
     whose turns it takes: the hash of its key, else its address.
@@ -53,12 +58,14 @@ class Guard:
         keys: Sequence[str],
         bodies: Bodies,
         rates: RateLimits,
+        admin_keys: Sequence[str] = (),
         logs: bool = False,
+        tracing: Tracing | None = None,
     ) -> None:
         self.app = app
         self.metrics = metrics
-        self.keys = [key.encode() for key in keys]
-        self.bodies, self.rates, self.logs = bodies, rates, logs
+        self.keys, self.admin_keys = ([key.encode() for key in each] for each in (keys, admin_keys))
+        self.bodies, self.rates, self.logs, self.tracing = bodies, rates, logs, tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -70,6 +77,9 @@ class Guard:
         REQUEST.set(number)
         IS_ANTHROPIC.set(scope["path"].startswith(ANTHROPIC_PATH))
         RESERVED_BYTES.set([])
+        adapters = InUse()
+        IN_USE.set(adapters)
+        trace = None if self.tracing is None else self.tracing.begin(scope, number)
         start, status = time.perf_counter(), 0
 
         async def counted(message: Message) -> None:
@@ -97,8 +107,11 @@ class Guard:
                 await answer.response()(scope, receive, counted)
         finally:
             self.bodies.release()
+            adapters.release()
             seconds = time.perf_counter() - start
             self.metrics.answered(route_name(scope), status or CLIENT_GONE, seconds)
+            if trace is not None:
+                self.tracing.end(trace, route_name(scope), status or CLIENT_GONE)
             if self.logs:
                 fields = {"method": scope["method"], "route": route_name(scope), "status": status or CLIENT_GONE}
                 access.info("request", extra={"fields": {**fields, "seconds": round(seconds, 4)}})
@@ -110,8 +123,10 @@ class Guard:
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
         if not key and b"x-api-key" in headers:
             kind, key = b"bearer", headers[b"x-api-key"]
-        if self.keys and scope["path"] not in OPEN and scope["method"] != "OPTIONS":
-            matches = [hmac.compare_digest(key.strip(), valid) for valid in self.keys]  # compare with all: no timing
+        is_admin = bool(self.admin_keys) and scope["path"].startswith(ADMIN_PATH)
+        keys = self.admin_keys if is_admin else self.keys
+        if keys and scope["path"] not in OPEN and (is_admin or scope["method"] != "OPTIONS"):
+            matches = [hmac.compare_digest(key.strip(), valid) for valid in keys]  # compare with all: no timing
             if kind.lower() != b"bearer" or not any(matches):
                 raise ApiError(401, "give a key: Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
             return hashlib.sha256(key.strip()).hexdigest()

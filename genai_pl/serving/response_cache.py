@@ -19,6 +19,7 @@ from torch import nn
 
 from genai_pl.config.redaction import redact
 from genai_pl.data import fingerprint
+from genai_pl.data.generation_defaults import GENERATION
 from genai_pl.errors import ConfigError
 from genai_pl.serving.settings import cache_secret
 
@@ -63,9 +64,9 @@ def model_hash(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def folder_hash(folder: Path) -> str:
-    """Hash of an adapter's files, `adapter_*` in its folder."""
+    """Hash of an adapter's files: `adapter_*` in its folder, and the end tokens of its generation_config.json."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.glob("adapter_*")):
+    for path in sorted([*folder.glob("adapter_*"), *folder.glob(GENERATION), *folder.glob("config.json")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

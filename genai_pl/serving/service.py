@@ -23,6 +23,7 @@ from genai_pl.generation import build_output_constraints, encode_prompt
 from genai_pl.loading import Loaded, load, refuse_twice, resolve_adapter
 from genai_pl.models import prepare_for_decoding
 from genai_pl.models.onnx.model import is_onnx
+from genai_pl.serving.adapters import ServedAdapters
 from genai_pl.serving.answer_streams import Answer, RecordingStream, decode_answer, is_repeatable, request_key
 from genai_pl.serving.embeddings import TextScorer, size_of
 from genai_pl.serving.engine.engine import Engine
@@ -34,9 +35,10 @@ from genai_pl.serving.http.reasoning import Reasoning
 from genai_pl.serving.labels import TextLabeller
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.rate_limits import RateLimits
-from genai_pl.serving.response_cache import Cache, folder_hash, make_cache, model_hash
+from genai_pl.serving.response_cache import Cache, make_cache, model_hash
 from genai_pl.serving.settings import Settings
 from genai_pl.serving.tokenize_threads import TokenizeThreads, encode_plain
+from genai_pl.serving.tracing import note_answer
 
 CPU_CHUNK, GPU_CHUNK = 128, 512  # prompt tokens between two decode steps
 MIN_TOKEN_CHARACTERS = 32  # characters of one token, at least, in the check of prompts before tokenizing
@@ -76,10 +78,11 @@ class Service:
         self.pooling = self.sentence.pooling
         folders = {name: resolve_adapter(path) for name, path in settings.adapters.items()}
         self.cache: Cache | None = make_cache(settings.cache, ttl=settings.cache_ttl, mib=settings.cache_mib)
-        self.hashes = self._model_hashes(folders)
+        self.base_hash = "" if self.cache is None else self._model_hash()
         # engine; without adapters the model may fuse weights that an adapter would have to reach
         self.engine: Engine | None = None
-        if not folders:
+        reloads = settings.adapters_root is not None
+        if not folders and not reloads:
             packed = CODES.get(settings.dtype)
             prepare_for_decoding(self.model, packed, rows=settings.slots)
         if config.writes:
@@ -92,10 +95,14 @@ class Service:
                 prefill_chunk=settings.prefill_chunk or (CPU_CHUNK if device.type == "cpu" else GPU_CHUNK),
                 prefix_cache_mib=settings.prefix_cache_mib,
                 adapters={name: str(path) for name, path in folders.items()},
+                reloads_adapters=reloads,
                 observer=metrics,
             )
-        elif folders:
-            raise ConfigError("adapter needs a model that writes; give this one its adapter as checkpoint=")
+        elif folders or reloads:
+            option = "adapter" if folders else "adapters_root"
+            raise ConfigError(f"{option} needs a model that writes; give this one its adapter as checkpoint=")
+        places = {"checkpoint": loaded.path, "base": self.name, "root": settings.adapters_root}
+        self.adapters = ServedAdapters(self.engine, folders, **places)
         # queues beside the engine
         self.started = int(time.time())
         waiting = {"queue_size": self.limits.queue_size, "timeout": self.limits.timeout}
@@ -105,13 +112,10 @@ class Service:
         self.scorer, self.labeller = TextScorer(self), TextLabeller(self)
         self.longest = max(MIN_TOKEN_CHARACTERS, *map(len, self.tokenizer.get_vocab()))  # characters of one token
 
-    def _model_hashes(self, folders: Mapping[str, Path]) -> dict[str | None, str]:
-        """Hash of what answers, for the base (None) and each adapter: the model's part of cache keys."""
-        if self.cache is None:
-            return {}
+    def _model_hash(self) -> str:
+        """Hash of the base: the model's part of cache keys, which an adapter's follows."""
         base = model_hash(self.model, self.tokenizer)
-        base += self.settings.dtype if self.settings.dtype in CODES else ""  # not quantized yet
-        return {None: base, **{name: base + folder_hash(path) for name, path in folders.items()}}
+        return base + (self.settings.dtype if self.settings.dtype in CODES else "")  # not quantized yet
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -142,15 +146,16 @@ class Service:
     @property
     def names(self) -> list[str]:
         """Names that clients give as `model`: the base, then the adapters."""
-        return [self.name, *self.settings.adapters]
+        return [self.name, *self.adapters.by_name]
 
     def adapter_of(self, name: str | None, param: str = "model") -> str | None:
-        """The adapter of a client's model name, None for the base; ApiError 404 for a name that is not served."""
+        """The engine's name of a client's adapter, None for the base; ApiError 404 for a name that is not served."""
         if name is None or name == self.name:
             return None
-        if name not in self.settings.adapters:
+        adapter = self.adapters.find(name)
+        if adapter is None:
             raise ApiError(404, f"{param}={name}: not served here; there is {', '.join(self.names)}", param=param)
-        return name
+        return adapter.key
 
     async def tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """Token ids of a prompt: a text, tokenized as in training, or ids that are only checked."""
@@ -231,7 +236,7 @@ class Service:
         # cache
         key = None
         if self.cache is not None and is_repeatable(request):
-            key = request_key(self.hashes[request.adapter], request)
+            key = request_key(self.base_hash + self.adapters.digests.get(request.adapter, ""), request)
             contents = await self.cache.get(key)
             cached = None if contents is None else await asyncio.to_thread(decode_answer, contents)
             self.metrics.cache_lookup(hit=cached is not None)
@@ -246,6 +251,7 @@ class Service:
                 stream = await self._submit_off_loop(request)
         except QueueFull as busy:
             raise too_busy(busy.retry_after) from None
+        note_answer(stream, len(request.input_ids))
         return stream if key is None else RecordingStream(stream, partial(self.cache.set, key))
 
     async def _submit_off_loop(self, request: Request) -> TokenStream:

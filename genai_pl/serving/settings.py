@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from genai_pl.errors import ConfigError
 VARIABLE = "GENAI_PL_SERVE"  # environment variable with the settings of workers, as JSON
 CACHE_KEY = "GENAI_PL_CACHE_KEY"  # secret that signs entries of a shared cache
 KEYS = "GENAI_PL_API_KEYS"  # API keys of clients, separated by commas
+ADMIN_KEYS = "GENAI_PL_ADMIN_KEYS"  # keys of the admin routes, likewise
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client when it is imported
 BACKENDS = ("local", "onnx", "openai")
 DTYPES = ("fp32", "bf16", "fp16", *CODES)
@@ -71,6 +73,8 @@ class Settings:
     device, dtype: where and in which of DTYPES the weights are
     requests_per_minute, tokens_per_minute: of each client, None for no limit
     log_format: text, or json for one object a line, with a line for each request
+    otlp_endpoint: URL of an OpenTelemetry collector that gets traces, None for none
+    adapters_root, admin_keys: folder below which adapters may be loaded while the server runs, file with keys for that
     api_keys: file with accepted keys; cors_origins: web origins that may call the API
     drain: seconds that running requests have after SIGTERM
     generation: sampling settings of requests that do not set them
@@ -99,6 +103,9 @@ class Settings:
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
     log_format: str = "text"
+    otlp_endpoint: str | None = field(default=None, repr=False)
+    adapters_root: str | None = None
+    admin_keys: str | None = None
     api_keys: str | None = None
     cors_origins: list[str] = field(default_factory=list)
     drain: float = 30.0
@@ -130,12 +137,30 @@ class Settings:
         for name in ("requests_per_minute", "tokens_per_minute"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ConfigError(f"{name}={value} must be above 0, or null for no limit")
+        if self.adapters_root is not None:
+            self._check_reload()
+        elif self.admin_keys is not None:
+            raise ConfigError("admin_keys: there is nothing to do with them without adapters_root=FOLDER")
         if self.backend == "openai" and self.tokens_per_minute is not None:
             raise ConfigError("tokens_per_minute: backend=openai does not count tokens; set requests_per_minute")
         if self.log_format not in ("text", "json"):
             raise ConfigError(f"log_format={self.log_format} is not one of text, json")
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(f"otlp_endpoint={redact(self.otlp_endpoint)} is not http://HOST:4318")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port={self.port} must lie between 0 and 65535")
+
+    def _check_reload(self) -> None:
+        """ConfigError where adapters cannot be loaded while the server runs."""
+        root = self.adapters_root
+        if self.backend != "local":
+            raise ConfigError(f"adapters_root={root}: backend={self.backend} has no adapters; leave it out")
+        if self.dtype in CODES:
+            raise ConfigError(f"adapters_root={root}: dtype={self.dtype} takes no adapter; leave one of them out")
+        if self.workers > 1:
+            raise ConfigError(f"adapters_root={root}: a request reaches one of workers={self.workers}; set workers=1")
+        if not Path(root).is_dir():
+            raise ConfigError(f"adapters_root={root}: no such folder")
 
     @property
     def defaults(self) -> GenerationConfig:
@@ -156,20 +181,32 @@ class Settings:
             raise ConfigError(f"{VARIABLE}: not the settings of a server ({error})") from None
 
 
-def read_keys(path: str | None) -> list[str]:
-    """Accepted API keys: of the environment variable KEYS and of the file's lines (# begins a comment); none: no key needed.
+def read_admin_keys(settings: Settings, keys: Sequence[str]) -> list[str]:
+    """Accepted keys of the admin routes, none without a folder to load from; ConfigError for no key, or one that is in keys."""
+    if settings.adapters_root is None:
+        return []
+    admin_keys = read_keys(settings.admin_keys, variable=ADMIN_KEYS, option="admin_keys")
+    if not admin_keys:
+        raise ConfigError(f"adapters_root={settings.adapters_root}: needs a key: admin_keys=FILE or {ADMIN_KEYS}=key")
+    if set(admin_keys) & set(keys):
+        raise ConfigError("admin_keys: one of them is in api_keys as well; choose another")
+    return admin_keys
+
+
+def read_keys(path: str | None, *, variable: str = KEYS, option: str = "api_keys") -> list[str]:
+    """Accepted keys: of the environment variable and of the file's lines (# begins a comment); none: no key needed.
 
     Raises ConfigError for a file that cannot be read or has no key, which would open the server by mistake.
     """
-    keys = [key.strip() for key in os.environ.get(KEYS, "").split(",")]
+    keys = [key.strip() for key in os.environ.get(variable, "").split(",")]
     if path is not None:
         try:
             keys += [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"api_keys={path}: cannot be read ({error})") from None
+            raise ConfigError(f"{option}={path}: cannot be read ({error})") from None
     keys = [key for key in keys if key and not key.startswith("#")]
     if path is not None and not keys:
-        raise ConfigError(f"api_keys={path}: no key in it; write one a line")
+        raise ConfigError(f"{option}={path}: no key in it; write one a line")
     return keys
 
 

@@ -20,7 +20,8 @@ from genai_pl.serving.json_logs import log_json
 from genai_pl.serving.log_limits import limit_repeated_lines
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.service import Service, open_service
-from genai_pl.serving.settings import FOLDER, VARIABLE, Settings, read_keys
+from genai_pl.serving.settings import FOLDER, VARIABLE, Settings, read_admin_keys, read_keys
+from genai_pl.serving.tracing import open_tracing
 
 
 def build(settings: Settings) -> tuple[Service | Upstream, FastAPI]:
@@ -30,10 +31,12 @@ def build(settings: Settings) -> tuple[Service | Upstream, FastAPI]:
         log_json()
     metrics = Metrics()
     keys = read_keys(settings.api_keys)
+    admin_keys = read_admin_keys(settings, keys)
+    tracing = open_tracing(settings.otlp_endpoint)
     backend = Upstream(settings, metrics) if settings.backend == "openai" else open_service(settings, metrics)
     gc.collect()
     gc.freeze()  # model and libraries stay: without this each full collection scans them for up to a second
-    return backend, create_app(backend, settings, metrics, keys)
+    return backend, create_app(backend, settings, metrics, keys, admin_keys, tracing)
 
 
 def create() -> FastAPI:
@@ -78,9 +81,13 @@ def description(backend: Service | Upstream, settings: Settings) -> str:
         if backend.engine is not None:
             lines["slots"] = f"{settings.slots} answers at once, {settings.limits.queue_size} may wait"
         lines["adapters"] = ", ".join(settings.adapters) or "none"
+        if settings.adapters_root is not None:
+            lines["adapters"] += f"; more from {settings.adapters_root} by POST /admin/adapters"
     # in front of either
     lines["workers"] = f"{settings.workers}"
     lines["cache"] = redact(settings.cache or "none")
+    if settings.otlp_endpoint is not None:
+        lines["traces"] = f"to {redact(settings.otlp_endpoint)}"
     lines["keys"] = "asked for" if read_keys(settings.api_keys) else "none asked for"
     lines["try"] = curl(backend, address)
     return "\n".join(f"{name:<12}{value}" for name, value in lines.items())

@@ -6,15 +6,18 @@ from genai_pl.strategies.launcher import RankLauncher, follow_launcher, launched
 from genai_pl.strategies.pipeline import PipelineStrategy
 from genai_pl.strategies.recompute import kept_operations, recompute
 from genai_pl.strategies.sharded import ShardedStrategy
+from genai_pl.strategies.slurm import choose_environment, started_devices
 
 __all__ = [
     "PipelineStrategy",
     "RankLauncher",
     "ShardedStrategy",
+    "choose_environment",
     "deepspeed",
     "float8",
     "follow_launcher",
     "kept_operations",
     "launched",
     "recompute",
+    "started_devices",
 ]

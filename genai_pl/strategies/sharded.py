@@ -1,9 +1,9 @@
 """FSDP2, tensor parallelism, and both at once, on GPUs and on the CPU.
 
 A mesh (data_parallel, tensor_parallel) numbers the ranks. Along the first dimension FSDP2 shards parameters, gradients
-and optimizer states (Zhao et al. 2023) and ranks see different batches; along the second, layers are divided
-(`tensor_parallel.py`) and ranks share a batch. Checkpoints are full by default, as one process would write them, so a
-run can resume on any number of ranks.
+and optimizer states (Zhao et al. 2023) and ranks see different batches, or under context parallelism different tokens of
+one (`context_parallel.py`); along the second, layers are divided (`tensor_parallel.py`) and ranks share a batch.
+Checkpoints are full by default, as one process would write them, so a run can resume on any number of ranks.
 """
 
 import logging
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from genai_pl.checkpoints.file import read_contents
 from genai_pl.checkpoints.optimizer_state import restore_state, saved_state, shard_templates
+from genai_pl.distributed.context_group import ContextGroup
 from genai_pl.distributed.dtensor import full_tensor_on_cpu, local_shard, move_unsharded, shard_like
 from genai_pl.distributed.tensor_parallel_group import average, sum_gradients
 from genai_pl.errors import ConfigError
@@ -31,9 +32,12 @@ from genai_pl.modules.distillation import DistillModule
 from genai_pl.modules.rollout_module import RolloutModule
 from genai_pl.modules.token_prediction import TokenModule
 from genai_pl.peft.quantize import QuantizedLinear
+from genai_pl.strategies.context_parallel import check_sequences, split_sequences
 from genai_pl.strategies.expert_parallel import check_experts, expert_mesh, split_experts
 from genai_pl.strategies.fsdp_gather import gather_parameters, unsharded
 from genai_pl.strategies.tensor_parallel import check_split, split_model
+
+NAMES = ("batch", "context", "tensor")  # dimensions of the mesh that has context groups
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -48,6 +52,7 @@ class ShardedStrategy(ModelParallelStrategy):
     async_checkpoints: go on while a copy is being written
     sequence_parallel: also shard hidden states along the sequence, within a tensor-parallel group
     expert_parallel_size: data-parallel ranks that hold the experts of a mixture between them
+    context_parallel_size: ranks that divide the tokens of each row of a batch between them
     """
 
     shared_size = "tensor_parallel_size"  # the option for the number of ranks that share a batch
@@ -64,7 +69,10 @@ class ShardedStrategy(ModelParallelStrategy):
         async_checkpoints: bool = False,
         sequence_parallel: bool = False,
         expert_parallel_size: int = 1,
+        context_parallel_size: int = 1,
     ) -> None:
+        if context_parallel_size < 1:
+            raise ConfigError(f"strategy.context_parallel_size={context_parallel_size}: at least 1")
         if async_checkpoints and not sharded_checkpoints:
             raise ConfigError("strategy.async_checkpoints needs strategy.sharded_checkpoints=true")
         backend = "cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None
@@ -73,41 +81,44 @@ class ShardedStrategy(ModelParallelStrategy):
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
         self.sharded_checkpoints, self.async_checkpoints = sharded_checkpoints, async_checkpoints
         self.sequence_parallel, self.expert_parallel_size = sequence_parallel, expert_parallel_size
+        self.context_parallel_size = context_parallel_size
         self._is_split, self._saver = False, None
+        self._context_group: ContextGroup | None = None  # of this rank, from `setup_environment`
         # unsharded in a tensor-parallel group, each rank of which computes a part of their gradient
         self._shared: list[nn.Parameter] = []
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Ranks that see different batches, and ranks that share a batch."""
+        """Ranks that see different tokens, whose weights FSDP shards, and ranks that see the same."""
         data, tensor = self._requested_sizes
-        n_processes = self.num_processes * self.num_nodes
+        n_processes, context = self.num_processes * self.num_nodes, self.context_parallel_size
         if tensor is None:
-            tensor = n_processes // (data or 1)
-        return data or n_processes // tensor, tensor
+            tensor = n_processes // ((data or 1) * context)
+        return data * context if data else n_processes // max(tensor, 1), tensor
 
     @property
     def gathers(self) -> bool:
         """Whether one rank can hold the full model for a while, to generate text: not where layers are divided."""
-        return self._requested_sizes[1] == self.expert_parallel_size == 1
+        return self._requested_sizes[1] == self.expert_parallel_size == self.context_parallel_size == 1
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
         """Number of replicas and the replica of this rank, for the data loader."""
-        data, tensor = self.sizes
-        return {"num_replicas": data, "rank": self.global_rank // tensor}
+        (data, tensor), context = self.sizes, self.context_parallel_size
+        return {"num_replicas": data // context, "rank": self.global_rank // (context * tensor)}
 
     def check(self, module: L.LightningModule, *, rows: int) -> None:
         """ConfigError for an objective, model, sizes or batch that do not fit, before any process is started.
 
         rows: of a batch
         """
-        data, shared = self.sizes
+        (data, shared), context = self.sizes, self.context_parallel_size
         n_processes = self.num_processes * self.num_nodes
-        if data * shared != n_processes:
+        if data * shared != n_processes or data % context:
+            of_context = f" x strategy.context_parallel_size ({context})" if context > 1 else ""
             raise ConfigError(
-                f"strategy.data_parallel_size ({data}) x strategy.{self.shared_size} ({shared}) must be the number of "
-                f"processes, trainer.devices x trainer.num_nodes ({n_processes})"
+                f"strategy.data_parallel_size ({max(1, data // context)}){of_context} x strategy.{self.shared_size} "
+                f"({shared}) must be the number of processes, trainer.devices x trainer.num_nodes ({n_processes})"
             )
         if shared > 1 and any(isinstance(layer, QuantizedLinear) for layer in module.model.modules()):
             raise ConfigError(
@@ -132,6 +143,8 @@ class ShardedStrategy(ModelParallelStrategy):
             raise ConfigError("strategy.sequence_parallel needs strategy.tensor_parallel_size above 1")
         if self.expert_parallel_size != 1:
             self._check_experts(module)
+        if self.context_parallel_size > 1:
+            check_sequences(type(module), module.models(), self.context_parallel_size)
 
     def _check_experts(self, module: L.LightningModule) -> None:
         """ConfigError for sizes, objectives and models that expert parallelism cannot take."""
@@ -160,6 +173,9 @@ class ShardedStrategy(ModelParallelStrategy):
         if self.expert_parallel_size > 1:
             sizes = {"data": data, "replicate": self.replicate_size, "size": self.expert_parallel_size}
             self._expert_mesh = expert_mesh(self.root_device.type, **sizes)
+        if (context := self.context_parallel_size) > 1:
+            mesh = init_device_mesh(self.root_device.type, (data // context, context, tensor), mesh_dim_names=NAMES)
+            self._context_group = ContextGroup.of(mesh["context"].get_group())
 
     def setup(self, trainer: L.Trainer) -> None:
         """Shard the model once, create the saver of sharded checkpoints, then set up as Lightning does."""
@@ -190,11 +206,12 @@ class ShardedStrategy(ModelParallelStrategy):
         # it warns that a tensor sharded over two dimensions is gathered in two steps, as it must be
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         data, tensor = self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"]
-        shared = []
+        shared, models = [], module.models()  # the model, and a reference or critic beside it
         if tensor.size() > 1:
             shared = split_model(module.model, tensor, sequence_parallel=self.sequence_parallel)
-        # FSDP over the data dimension: the model, and a reference or critic beside it
-        models = module.models()
+        for model in models if self._context_group else ():
+            split_sequences(model, self._context_group)
+        # FSDP over the data dimension
         divided = {parameter for model in models for parameter in model.parameters()}
         replicated = [parameter for parameter in module.parameters() if parameter not in divided]
         if data.size() > 1 or tensor.size() == 1:

@@ -7,7 +7,6 @@ and replaced `forward`s of their layers do the work, and parameters become DTens
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch.nn.functional as F
@@ -34,18 +33,18 @@ from genai_pl.strategies.sequence_parallel import SequenceShards
 ParameterSites = list[tuple[nn.Module, str]]  # of parameters
 
 
-@dataclass
-class LocalHeads:
+class LocalHeads(nn.Module):
     """Attention on the heads of this rank; biases and slopes that are made for all heads are sharded to them.
 
-    attend: the attention function
+    attend: the attention function, or a module without weights
     mesh: of the tensor-parallel group
     """
 
-    attend: Callable[..., Tensor]
-    mesh: DeviceMesh
+    def __init__(self, attend: Callable[..., Tensor], mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.attend, self.mesh = attend, mesh
 
-    def __call__(
+    def forward(
         self,
         q: Tensor,
         k: Tensor,

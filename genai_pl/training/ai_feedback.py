@@ -6,12 +6,8 @@ by a written principle and revise it; first and last answer are a preference pai
 judge is a local model, a reward model, or an endpoint of OpenAI's chat completions.
 """
 
-import json
 import math
 import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,10 +16,12 @@ import torch
 
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.data.prompt_tokens import Messages
+from genai_pl.endpoints import Endpoint
 from genai_pl.errors import ConfigError
 from genai_pl.generation import encode_prompt, generate_text
 from genai_pl.kernels import linear_logprobs
 from genai_pl.loading import Loaded, load
+from genai_pl.models.virtual_tokens import context_of
 from genai_pl.training.rewards import Judge
 
 COMPARISON = """Which answer to the request is better? {rubric}
@@ -161,7 +159,7 @@ class _LocalWriter:
         for option in options:
             prompt_ids = encode_prompt(self.tokenizer, prompt)
             option_ids = self.tokenizer(option, add_special_tokens=False)["input_ids"]
-            ids = torch.tensor([(prompt_ids + option_ids)[-self.model.config.max_seq_len :]], device=device)
+            ids = torch.tensor([(prompt_ids + option_ids)[-context_of(self.model) :]], device=device)
             # (1, T, C) -> the states that predict the option's tokens
             hidden = self.model.to_head(self.model.features(ids[:, :-1]))[:, -len(option_ids) :]
             head = self.model.lm_head
@@ -172,16 +170,10 @@ class _LocalWriter:
 
 @dataclass
 class _EndpointWriter:
-    """An endpoint of OpenAI's chat completions.
+    """An endpoint of OpenAI's chat completions. model: its name there."""
 
-    url: base address, up to and with /v1. model: name at the endpoint. key: bearer token. retries: further
-    attempts, with waiting times of 1, 2, 4, ... up to 30 s.
-    """
-
-    url: str
+    endpoint: Endpoint
     model: str
-    key: str
-    retries: int
     concurrent: bool = True
 
     def answer(self, prompt: str | Messages) -> str:
@@ -198,18 +190,13 @@ class _EndpointWriter:
     def _ask(self, prompt: str | Messages, *, max_tokens: int) -> str:
         """Text of a reply; ConfigError when the last attempt fails."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        body = {"model": self.model, "messages": messages, "max_tokens": max_tokens}
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
-        request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
-        for attempt in range(self.retries + 1):
-            try:
-                with urllib.request.urlopen(request, timeout=120) as reply:
-                    return json.load(reply)["choices"][0]["message"]["content"]
-            except (urllib.error.URLError, TimeoutError, KeyError, ValueError) as error:
-                if attempt == self.retries:
-                    raise ConfigError(f"judge={self.url}: no answer ({error})") from None
-                time.sleep(min(2**attempt, 30))
-        raise AssertionError
+        answer = self.endpoint.ask(
+            "chat/completions", {"model": self.model, "messages": messages, "max_tokens": max_tokens}
+        )
+        try:
+            return answer["choices"][0]["message"]["content"] or ""
+        except (KeyError, IndexError, TypeError):
+            raise self.endpoint.error("its answer is no chat completion") from None
 
 
 def local_writer(
@@ -229,6 +216,6 @@ def local_writer(
     return _LocalWriter(loaded, device=device, options=options, seed=seed)
 
 
-def remote_writer(url: str, *, model: str, key_variable: str, retries: int) -> Writer:
+def remote_writer(url: str, *, model: str, key_variable: str, retries: int, option: str = "judge") -> Writer:
     """An endpoint whose key is read from an environment variable, so that no command line or run folder holds it."""
-    return _EndpointWriter(url, model, os.environ.get(key_variable, ""), retries)
+    return _EndpointWriter(Endpoint(url, option, os.environ.get(key_variable, ""), retries=retries), model)

@@ -1,10 +1,20 @@
 """Options without effect of the objectives that align and distill: preferences, policies, teachers."""
 
+from omegaconf import DictConfig
+
+from genai_pl.endpoints import ADDRESSES
 from genai_pl.objectives.preference import WITH_REFERENCE
 from genai_pl.training.option_rules import Rule, all_hold, fails, is_one_of, objective_is
 
 PREFERENCE = objective_is("PreferenceModule")
 GROUPS, DISTILL = objective_is("GRPOModule"), objective_is("DistillModule")
+
+
+def is_served(config: DictConfig) -> bool:
+    """Whether the teacher is an address."""
+    return str(config.objective.get("teacher", "")).startswith(ADDRESSES)
+
+
 ALIGNMENT_RULES = (
     Rule(
         ("objective.target_margin",),
@@ -56,9 +66,20 @@ ALIGNMENT_RULES = (
         "the environment gives the rewards",
     ),
     Rule(
+        ("objective.pass_score",),
+        all_hold(objective_is("GRPOModule", "PPOModule"), is_one_of("objective.curriculum", 0, 0.0)),
+        "objective.curriculum=0: no pass rates are measured",
+    ),
+    Rule(
         ("objective.kl_horizon",),
         all_hold(objective_is("PPOModule"), is_one_of("objective.kl_target", None)),
         "objective.kl_target=null: kl_coef stays as it is",
+    ),
+    Rule(("objective.server.",), all_hold(DISTILL, fails(is_served)), "objective.teacher is no address"),
+    Rule(
+        ("objective.server.top_k",),
+        all_hold(DISTILL, fails(is_one_of("objective.top_k", None))),
+        "objective.top_k tokens are written to disk",
     ),
     Rule(
         ("objective.teacher_cache",),

@@ -16,7 +16,7 @@ from genai_pl.errors import ConfigError, DataError
 from genai_pl.evaluation.labels import is_reward_model
 from genai_pl.evaluation.tasks import AnyTask
 from genai_pl.models import Model
-from genai_pl.models.virtual_tokens import n_virtual
+from genai_pl.models.virtual_tokens import context_of
 from genai_pl.training.evaluation_tasks import TaskOptions, build_any_task
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _build(
         )
     _check_types(name, task)
     own = {key: task[key] for key in TYPES if key in task}
-    seq_len = model.config.max_seq_len - n_virtual(model)
+    seq_len = context_of(model)
     # errors of evaluate.py name its own options
     try:
         of_task = TaskOptions(

@@ -23,9 +23,7 @@ from genai_pl.loading import load
 from genai_pl.models import Model
 from genai_pl.modules import BaseModule
 from genai_pl.modules.base import n_replicas
-from genai_pl.modules.distillation import DistillModule
 from genai_pl.modules.policy_gradient import PolicyGradientModule
-from genai_pl.modules.text_alignment import TextAlignment
 from genai_pl.peft import hold_base_in_16_bits
 from genai_pl.strategies import float8
 from genai_pl.training.data_sources import build_data
@@ -46,6 +44,7 @@ from genai_pl.training.length import check_length, overrun_line, read_stored_len
 from genai_pl.training.precision import choose_precision, may_hold_in_16_bits
 from genai_pl.training.rewards import load_rewards
 from genai_pl.training.targets import instantiate, locate_target
+from genai_pl.training.teachers import build_teacher
 from genai_pl.training.trainer import (
     build_trainer,
     choose_run_length,
@@ -114,7 +113,7 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
     if objective.needs_reward:
         connect_reward(config, module, tokenizer, device)
     if objective.needs_teacher:
-        connect_teacher(module, tokenizer, in_16_bits=holds_in_16_bits)
+        module.use_teacher(build_teacher(module, tokenizer, in_16_bits=holds_in_16_bits))
     module.source_names = data.source_names
     trainer, callbacks = build_trainer(
         config, folder, precision=precision, module=module, data=data, tokenizer=tokenizer
@@ -161,29 +160,6 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
         for block in model.blocks:
             block.compile()
     return module
-
-
-def connect_teacher(module: DistillModule, tokenizer: "PreTrainedTokenizerBase", *, in_16_bits: bool) -> None:
-    """Give a module its teacher; ConfigError for a teacher with another tokenizer than the student's.
-
-    Token ids are handed on: the student's tokens must be the teacher's, unless text is (`objective.universal`).
-    """
-    option, name = "objective.teacher", module.teacher_name
-    loaded = load(name, option=option)
-    if loaded.model.config.shape is not Shape.decoder or not loaded.model.config.head.predicts_tokens:
-        raise ConfigError(f"{option}={name}: a decoder that writes text is needed")
-    alignment = None
-    if module.universal:
-        sizes = {"vocab_size": module.model.config.vocab_size, "longest": loaded.model.config.max_seq_len}
-        alignment = TextAlignment(tokenizer, loaded.tokenizer, **sizes)
-    elif loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise ConfigError(
-            f"{option}={name}: its tokenizer is another one than the student's; start from it (tokenizer=pretrained "
-            f"tokenizer.name={name}, or init_from={name} init_layers=N), or set objective.universal=true"
-        )
-    module.use_teacher(loaded.model, alignment)
-    if in_16_bits:
-        hold_base_in_16_bits(loaded.model)
 
 
 def connect_reward(

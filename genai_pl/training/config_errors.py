@@ -31,7 +31,6 @@ HYDRA_PLUGINS = {  # of Hydra
     "hydra/launcher/joblib": "hydra-joblib-launcher",
     "hydra/launcher/submitit_local": "hydra-submitit-launcher",
     "hydra/launcher/submitit_slurm": "hydra-submitit-launcher",
-    "hydra/launcher/ray": "hydra-ray-launcher",
     "hydra/sweeper/optuna": "hydra-optuna-sweeper",
 }
 OPTIONAL_GROUPS = {"experiment"}  # that null chooses nothing of

@@ -75,21 +75,25 @@ def rank_command(config: DictConfig, precision: "Precision") -> list[str]:
     Lightning's launcher repeats sys.argv instead, which names the wrong folder after `resume=` and starts a
     sweep in a sweep. The other ranks write neither `.hydra/` nor a log.
     """
-    hydra = HydraConfig.get()
-    folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     return [
-        *(sys.executable, str(CONF.parent / "train.py"), "--config-name", hydra.job.config_name),
-        *(part for folder in folders for part in ("--config-dir", folder)),
-        *(override for override in job_overrides("hydra") if override.startswith("hydra.searchpath")),
-        *job_overrides(),
+        *job_command(HydraConfig.get(), job_overrides(), config.output_dir),
         f"precision.lightning={precision.lightning}",
         f"precision.matmul={precision.matmul}",
         # the first process writes the run folder and its log
-        *(
-            f"hydra.run.dir={quote_for_hydra(config.output_dir)}",
-            "hydra.output_subdir=null",
-            "hydra/job_logging=disabled",
-        ),
+        *("hydra.output_subdir=null", "hydra/job_logging=disabled"),
+    ]
+
+
+def job_command(hydra: DictConfig, overrides: list[str], folder: str) -> list[str]:
+    """Command line of one plain run in a folder, with options and search path of a job of Hydra, whose node is `hydra`."""
+    folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    typed = OmegaConf.to_container(hydra.overrides.hydra, resolve=False)
+    return [
+        *(sys.executable, str(CONF.parent / "train.py"), "--config-name", hydra.job.config_name),
+        *(part for folder in folders for part in ("--config-dir", folder)),
+        *(override for override in typed if override.startswith("hydra.searchpath")),
+        *overrides,
+        f"hydra.run.dir={quote_for_hydra(folder)}",
     ]
 
 

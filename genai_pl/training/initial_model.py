@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from genai_pl.data import add_missing_tokens, byte_tokenizer, pretrained_tokenizer
@@ -32,6 +31,7 @@ from genai_pl.models.upcycle import upcycle, upcycled_config
 from genai_pl.models.virtual_tokens import n_virtual
 from genai_pl.modules import BaseModule
 from genai_pl.peft import load_adapter
+from genai_pl.ranks import is_first_process
 from genai_pl.references import folder_of, resolve, resolve_adapter
 from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.other_model import refuse_other_model
@@ -188,7 +188,7 @@ def save_base(config: DictConfig, run_folder: Path, initial: InitialModel) -> st
     if config.peft._target_ is None and config.peft.init_from is None:
         return None
     folder = run_folder / "base"
-    if rank_zero_only.rank == 0 and not folder.exists():
+    if is_first_process() and not folder.exists():
         register_early_output(folder)
         origin = f"{name}, with more tokens" if name else f"Random weights of seed {config.seed}"
         export_options = {"card": {"Base": f"{origin}, under an adapter."}, "defaults": initial.defaults}
@@ -218,7 +218,7 @@ def model_config(config: DictConfig, n_tokens: int) -> ModelConfig:
 
 def new_overrides(config: DictConfig) -> list[str]:
     """Overrides typed for this command: without those of a resumed run's folder; [] on ranks other than 0."""
-    if rank_zero_only.rank:
+    if not is_first_process():
         return []
     typed_keys = {key_of(a) for a in TYPED_ARGUMENTS}
     return [o for o in job_overrides() if not config.resume or key_of(o) in typed_keys]

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from genai_pl.config.redaction import redact
 from genai_pl.errors import ConfigError
+from genai_pl.ranks import is_first_process
 from genai_pl.training.fit import final_metrics
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def notifying(options: DictConfig, folder: Path) -> Iterator[Notice]:
         error = raised
         raise
     finally:
-        if rank_zero_only.rank == 0:
+        if is_first_process():
             if options.bell and sys.__stderr__ is not None and sys.__stderr__.isatty():
                 sys.__stderr__.write("\a")
                 sys.__stderr__.flush()

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from genai_pl.atomic_io import SWEEP
-from genai_pl.signals import RANK_VARIABLES
+from genai_pl.ranks import is_first_process, started_together
 
 _created_folders: list[Path] = []  # by this command; the empty ones are removed at its end
 _early_outputs: list[Path] = []  # files and folders written before the first step
@@ -30,9 +30,7 @@ def reserve_folder(path: str) -> str:
 
     Ranks that torchrun or Slurm started all evaluate this and must agree: there the path comes back as it is.
     """
-    if not os.environ.keys().isdisjoint(
-        RANK_VARIABLES
-    ):  # all processes of a run that torchrun or Slurm has started must find the same
+    if started_together():
         return path
     for name in (path if n == 1 else f"{path}-{n}" for n in count(1)):
         new_folders = _missing_ancestors(Path(name))
@@ -45,14 +43,6 @@ def reserve_folder(path: str) -> str:
         _created_folders.extend(new_folders)
         return name
     return path
-
-
-def is_first_process() -> bool:
-    """True in the process that writes the run folder: rank 0 of node 0, by the variables that launchers set.
-
-    The variables are read because this is needed before torch.distributed, and even torch, is imported.
-    """
-    return all(os.environ.get(name, "0") == "0" for name in (*RANK_VARIABLES, "NODE_RANK"))
 
 
 def register_early_output(path: Path) -> None:

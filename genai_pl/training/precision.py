@@ -13,12 +13,13 @@ import torch
 from omegaconf import DictConfig
 
 from genai_pl.kernels.cpu_products import bf16_products_pay
+from genai_pl.ranks import TASKS
 
 AUTO = "auto"
 SMALLEST = (
     128  # channels: with fewer, conversions and overhead eat what products gain, and choices would be close calls
 )
-SIZES = ("WORLD_SIZE", "SLURM_NTASKS")  # processes of a run that torchrun or Slurm starts: each would probe by itself
+SIZES = ("WORLD_SIZE", TASKS)  # processes of a run that torchrun or Slurm starts: each would probe by itself
 
 
 class Precision(NamedTuple):

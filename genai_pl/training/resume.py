@@ -20,8 +20,8 @@ from pathlib import Path
 from genai_pl.atomic_io import is_checkpoint
 from genai_pl.config.redaction import redact, refuse_secrets
 from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.ranks import is_first_process
 from genai_pl.training.default_optimizer import with_default_optimizer
-from genai_pl.training.output_folders import is_first_process
 from genai_pl.training.sweeps import replay_sweep
 from genai_pl.training.trust import PER_COMMAND, check_links, key_of, read_overrides, trusted_overrides, value_of
 

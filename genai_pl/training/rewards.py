@@ -26,6 +26,7 @@ from genai_pl.evaluation.preferences import reward_tokens
 from genai_pl.evaluation.steps import step_scores, step_separator
 from genai_pl.loading import Loaded, load
 from genai_pl.models.pooling import scores
+from genai_pl.models.virtual_tokens import context_of
 from genai_pl.modules.reward_calls import call, numbers
 from genai_pl.modules.step_rewards import AGGREGATES, DENSE, StepRewards, StepScores
 from genai_pl.objectives.collate import pad_rows
@@ -202,6 +203,7 @@ class Judge:
 
     def __init__(self, loaded: Loaded, device: torch.device) -> None:
         self.model, self.tokenizer = loaded.model.to(device), loaded.tokenizer
+        self.context = context_of(self.model)
 
     @torch.no_grad()
     def __call__(
@@ -218,7 +220,7 @@ class Judge:
         """
         tools_of_prompts = _parsed_tools(prompts, tools)
         # pad to one batch: (B, T) ids, segment 1 where a token is real
-        limit, device = self.model.config.max_seq_len, self.model.embed.weight.device
+        limit, device = self.context, self.model.embed.weight.device
         rows = [row[-limit:] for row in reward_tokens(self.tokenizer, prompts, completions, tools_of_prompts)]
         ids = pad_rows(rows, self.tokenizer.pad_token_id or 0).to(device)
         segments = pad_rows([[1] * len(row) for row in rows], 0).to(device)
@@ -243,7 +245,7 @@ class ProcessJudge(Judge):
         found = step_scores(
             *(self.model, self.tokenizer, prompts, [[step for step, _ in answer] for answer in answers]),
             separator=self.separator,
-            max_length=self.model.config.max_seq_len,
+            max_length=self.context,
             tools=_parsed_tools(prompts, tools),
         )
         return [StepRewards([end for _, end in row], own) for row, own in zip(answers, found, strict=True)]

@@ -18,7 +18,7 @@ from typing import TextIO
 
 from genai_pl.config.redaction import redact
 from genai_pl.errors import reason_of
-from genai_pl.training.output_folders import is_first_process
+from genai_pl.ranks import is_first_process
 
 MAX_EARLY_LINES = 10_000  # lines that are kept until the run has a folder
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)")  # of terminals

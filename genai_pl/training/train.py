@@ -27,6 +27,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.modules.base import n_replicas
 from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.peft import adapters_of, describe
+from genai_pl.ranks import is_first_process
 from genai_pl.strategies import launched
 from genai_pl.training.build import build
 from genai_pl.training.default_optimizer import default_line
@@ -65,7 +66,7 @@ def train(config: DictConfig) -> Outcome:
     # the checkpoint, then the run under its folder's lock
     resumes = config.resume and (not in_sweep or any((folder / "checkpoints").glob("*.ckpt")))
     checkpoint = shown_path(choose_checkpoint(config.resume, folder)) if resumes else None
-    with claimed(folder) if rank_zero_only.rank == 0 else nullcontext():
+    with claimed(folder) if is_first_process() else nullcontext():
         status, run = _train(config, folder, checkpoint)
     return Outcome(status, None if status else optimized(config.optimized_metric, run))
 

@@ -6,7 +6,6 @@ with the option to use instead (REFUSED_ARGUMENTS).
 """
 
 import logging
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +27,14 @@ from genai_pl.errors import ConfigError
 from genai_pl.models import flop_rates
 from genai_pl.modules import BaseModule
 from genai_pl.peft import adapters_of
-from genai_pl.strategies import RankLauncher, ShardedStrategy, follow_launcher, recompute
+from genai_pl.strategies import (
+    RankLauncher,
+    ShardedStrategy,
+    choose_environment,
+    follow_launcher,
+    recompute,
+    started_devices,
+)
 from genai_pl.training.benchmarks import build_benchmarks
 from genai_pl.training.fit import Run
 from genai_pl.training.hydra_job import rank_command
@@ -95,8 +101,7 @@ def build_trainer(
         del options[name]
     for name in options.keys() & REFUSED_ARGUMENTS:
         raise ConfigError(f"trainer.{name}={options[name]}: has no effect: {REFUSED_ARGUMENTS[name]}; leave it out")
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the processes: it decides on devices
-        options |= {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
+    options |= started_devices(options)
     if not module.automatic_optimization:
         options["gradient_clip_val"] = None  # the module clips by itself
     strategy = instantiate(config.strategy) if "_target_" in config.strategy else config.strategy.lightning
@@ -121,7 +126,7 @@ def build_trainer(
             strategy=strategy,
             logger=[instantiate(node, at="logger") for node in loggers],
             callbacks=[*callbacks.values(), cb.Divergence(), *extra_callbacks],
-            plugins=[cb.AtomicCheckpointIO(callbacks["checkpoints"].written)],
+            plugins=[cb.AtomicCheckpointIO(callbacks["checkpoints"].written), choose_environment()],
             default_root_dir=str(folder),
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
@@ -268,12 +273,26 @@ def prepare_strategy(config: DictConfig, run: Run) -> None:
     strategy.connect(run.module)
     if isinstance(strategy, ShardedStrategy):
         strategy.check(run.module, rows=run.data.batch_size)
+        check_schedule(config)
     if config.trainer.optimizer_in_backward:
         check_in_backward(config, run)
         run.module.step_in_backward()
     kind, every = config.trainer.recompute, config.trainer.recompute_every
     if kind is not None or every is not None:
         recompute(run.module.model, 1 if every is None else every, kind=kind or "full")
+
+
+def check_schedule(config: DictConfig) -> None:
+    """ConfigError for what joins the two halves of a backward pass that a schedule of pipelines splits."""
+    if config.strategy.get("schedule") != "zero_bubble":
+        return
+    options = config.trainer
+    joined = {"compile": config.compile, "trainer.recompute": options.recompute or options.recompute_every}
+    for name, value in joined.items():
+        if value:
+            raise ConfigError(
+                f"{name} does not go with strategy.schedule=zero_bubble, which splits backward passes: take interleaved"
+            )
 
 
 def check_in_backward(config: DictConfig, run: Run) -> None:
@@ -302,6 +321,7 @@ def silence_libraries() -> None:
         "does not have many workers",
         "Checkpoint directory",
         "GPU available but not",
+        "`srun` command is available",  # several processes need no srun: ours are started by the first
         "treespec, LeafSpec",
         "sync_dist=True",
         "callbacks used to create the checkpoint",  # those whose loss matters refuse it themselves

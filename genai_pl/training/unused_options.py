@@ -12,14 +12,12 @@ from omegaconf import DictConfig
 
 from genai_pl.config.model import EXPERT_FIELDS
 from genai_pl.config.tasks import NAMES
+from genai_pl.endpoints import ADDRESSES
 from genai_pl.errors import ConfigError
 from genai_pl.training.alignment_rules import ALIGNMENT_RULES
 from genai_pl.training.option_rules import Rule, all_hold, fails, is_one_of, objective_is
 
 SAMPLE_OPTIONS = ("callbacks.samples.prompts", "callbacks.samples.max_new_tokens", "generation.")
-ADDRESSES = ("http://", "https://")
-
-
 RL = objective_is("GRPOModule", "PPOModule")
 TRAIN_RULES = (
     Rule(

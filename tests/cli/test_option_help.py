@@ -8,7 +8,9 @@ import yaml
 from genai_pl.cli.option_help import help_text
 from genai_pl.training.trust import CONF
 
-COMMANDS = {"train": "config"} | {name: name for name in ("generate", "evaluate", "export", "serve", "feedback")}
+COMMANDS = {"train": "config"} | {
+    name: name for name in ("generate", "evaluate", "export", "serve", "feedback", "distill")
+}
 
 
 def flat(text: str) -> str:

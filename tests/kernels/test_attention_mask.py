@@ -162,3 +162,29 @@ def test_segments_of_another_length_are_refused_rather_than_broadcast():
         AttentionMask(segments=one).dense(4, 4)
     with pytest.raises(ValueError, match="cannot describe 6 queries and 4 keys"):
         AttentionMask(order=torch.arange(4)[None]).dense(6, 4)
+
+
+def test_rows_of_a_mask_are_those_of_the_whole() -> None:
+    S, refused = 6, 0
+    for mask in every_mask(S, S):
+        whole = visible(mask, B, S, S)
+        for start, end in ((0, 2), (2, 5), (5, 6)):
+            both = mask.causal and mask.prefix is not None
+            sided = mask.window is not None and (not mask.causal or both)
+            if (
+                mask.order is not None
+                or mask.query_segments is not None
+                or sided
+                or (both and mask.global_prefix is not None)
+            ):
+                with pytest.raises(ValueError, match="rows of a mask"):
+                    mask.rows(start, end, S)
+                refused += 1
+                continue
+            rows, n_keys = mask.rows(start, end, S)
+            assert torch.equal(
+                rows.dense(end - start, n_keys).expand(B, -1, -1, -1), whole[:, :, start:end, :n_keys]
+            ), mask
+            assert not whole[:, :, start:end, n_keys:].any(), mask
+            assert mask.rows(start, end, S)[0] is rows  # all layers share it, and what is built of it
+    assert refused

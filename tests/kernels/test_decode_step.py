@@ -1,5 +1,8 @@
 """The compiled decoding step against the blocks that it stands for, and against the unprepared model in float64."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -121,6 +124,39 @@ def test_a_full_cache_is_refused_before_anything_is_written() -> None:
     model.features(tokens(1, 4), cache=cache)
     with pytest.raises(ValueError, match="the cache holds 4 tokens, 5 were given"):
         model.features(tokens(1, 1), cache=cache)
+
+
+@torch.no_grad()
+def test_dtypes_and_devices_that_torch_makes_tensors_with_change_nothing() -> None:
+    """As `from_pretrained` of transformers sets them meanwhile, in another thread."""
+    expected = last_states(build(**KINDS["qwen3"]), tokens(3, 300), None)
+    for dtype in (torch.bfloat16, torch.float64):
+        model = build(**KINDS["qwen3"])
+        try:
+            torch.set_default_dtype(dtype)
+            prepare_for_decoding(model)
+            assert model.new_cache(1, 1).k.dtype is torch.float32
+            actual = last_states(model, tokens(3, 300), None)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close(actual, expected, atol=5e-5, rtol=1e-4)
+    cache, ids = model.new_cache(1, 2), tokens(1, 1)
+    expected = last_states(model, ids.repeat(1, 2), None, steps=1)
+    model.features(ids, cache=cache)
+    with torch.device("meta"):
+        actual = model.features(ids, cache=cache)
+    assert torch.equal(actual, expected)
+
+
+@torch.no_grad()
+def test_a_copy_has_weights_of_its_own() -> None:
+    model = build(**KINDS["qwen3"])
+    prepare_for_decoding(model)
+    expected = last_states(model, tokens(1, 9), None)
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        made.fused.layers[0].norm1.weight.zero_()
+        assert not torch.equal(last_states(made, tokens(1, 9), None), expected)
+        assert torch.equal(last_states(model, tokens(1, 9), None), expected)
 
 
 @torch.no_grad()

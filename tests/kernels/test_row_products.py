@@ -1,5 +1,6 @@
 """Compiled products of few rows against float64, and what happens where they cannot be built."""
 
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,11 +31,9 @@ built = pytest.mark.skipif(not is_built(), reason="no C compiler here")
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """Forget the library of this process, before and after."""
-    row_products.library.cache_clear()
-    is_built.cache_clear()
+    row_products.look_up.cache_clear()
     yield
-    row_products.library.cache_clear()
-    is_built.cache_clear()
+    row_products.look_up.cache_clear()
 
 
 def inputs(*shape: int, seed: int = 0) -> Tensor:
@@ -170,9 +169,56 @@ def test_the_library_is_built_once_and_found_again(
     row_products.library()
     [file] = (tmp_path / "genai_pl").iterdir()
     built_at = file.stat().st_mtime_ns
-    row_products.library.cache_clear()
+    row_products.look_up.cache_clear()
     row_products.library()
     assert [file.stat().st_mtime_ns for file in (tmp_path / "genai_pl").iterdir()] == [built_at]
+
+
+@built
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "writable by others", "in a folder of others"])
+def test_a_library_that_others_wrote_or_that_is_damaged_is_built_again(
+    damage: str, fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The built file is stood for by a copy: what counts is which file is taken."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source, builds = row_products._build(), []
+    monkeypatch.setattr(
+        row_products.subprocess, "run", lambda command, **_: builds.append(shutil.copy(good, command[-1]))
+    )
+    good = shutil.copy(source, tmp_path / "good.so")
+    content = source.read_bytes()
+    if damage == "writable by others":
+        source.chmod(0o777)
+    elif damage == "in a folder of others":
+        source.parent.chmod(0o777)
+    else:
+        source.write_bytes(
+            {"cut": content[:12000], "empty": b"", "zeros": content[:9000].ljust(len(content), b"\0")}[damage]
+        )
+    found = row_products._build()
+    assert len(builds) == 1
+    assert found.read_bytes() == content
+    assert (found.parent == source.parent) == (damage != "in a folder of others")
+    row_products.library()
+
+
+def test_a_compiler_that_fails_is_started_once(
+    fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(row_products, "BUILD_SECONDS", 1)
+    compiler = tmp_path / "cc"
+    compiler.write_text(f"#!/bin/sh\necho started >> {tmp_path}/starts\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with caplog.at_level("INFO", logger="genai_pl"):
+        for _ in range(3):
+            with pytest.raises(NotImplementedError, match=r"row_products\.c was not built"):
+                row_products.library()
+    assert (tmp_path / "starts").read_text() == "started\n"
+    [line] = caplog.messages
+    assert "torch's products serve instead, CC=" in line
+    assert "\n" not in line
 
 
 @built

@@ -14,6 +14,7 @@ from genai_pl.kernels import row_products
 from genai_pl.kernels.int4 import from_int4, to_int4
 from genai_pl.kernels.int8 import from_int8, to_int8
 from genai_pl.models import ModelConfig, build_model, prepare_for_decoding
+from genai_pl.models.experts import ExpertLinear
 from genai_pl.models.kv_cache import SlotCache
 from genai_pl.models.packed_linear import equalize
 
@@ -78,6 +79,26 @@ def test_codes_give_the_logits_of_the_dequantized_model(kind: str, dtype: torch.
     actual, wanted = logits_of(model, ids), logits_of(expected, ids).float()
     assert actual.dtype == torch.float32
     assert (actual - wanted).abs().max() < 2e-3 * wanted.std()
+
+
+@pytest.mark.parametrize("options", [LLAMA, {"n_shared_experts": 1, "bias": True}], ids=["gated", "shared and biases"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int4, torch.bfloat16])
+@torch.no_grad()
+def test_experts_are_packed_too(dtype: torch.dtype, options: dict) -> None:
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(**{**SIZES, **options, "n_experts": 4, "experts_per_token": 2})).eval()
+    model = model.bfloat16() if dtype is torch.bfloat16 else model
+    expected = copy.deepcopy(model).double() if dtype is torch.bfloat16 else rounded(model, dtype)
+    for layer, exact in zip(model.modules(), expected.modules(), strict=True):
+        if isinstance(layer, ExpertLinear) and dtype is torch.int4:
+            exact.weight.copy_(torch.stack([from_int4(to_int4(w), w.shape[1]) for w in layer.weight]))
+        elif isinstance(layer, ExpertLinear) and dtype is torch.int8:
+            exact.weight.copy_(torch.stack([from_int8(*to_int8(w), w.shape) for w in layer.weight]))
+    prepare_for_decoding(model, None if dtype is torch.bfloat16 else dtype)
+    assert not [module for module in model.modules() if type(module) in (nn.Linear, ExpertLinear)]
+    ids = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+    actual, wanted = model(ids), expected(ids).float()
+    assert (actual - wanted).abs().max() < (0.05 if dtype is torch.bfloat16 else 2e-3) * wanted.std()
 
 
 @pytest.mark.parametrize("kind", KINDS)

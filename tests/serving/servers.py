@@ -69,8 +69,10 @@ def make_service(checkpoint: Path, **options: object) -> Service:
 
 
 @contextmanager
-def serving(service: Service, *, keys: tuple[str, ...] = ()) -> Iterator[httpx.Client]:
+def serving(
+    service: Service, *, keys: tuple[str, ...] = (), admin_keys: tuple[str, ...] = ()
+) -> Iterator[httpx.Client]:
     """Context with an HTTP client of a server in front of the service."""
-    app = create_app(service, service.settings, service.metrics, keys)
+    app = create_app(service, service.settings, service.metrics, keys, admin_keys)
     with running(app) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 
+from genai_pl.serving.adapters import ServedAdapter
 from tests.serving.fake import FakeEngine, FakeStream
 from tests.serving.servers import eventually, make_service, serving, write_model
 
@@ -106,7 +107,7 @@ def test_what_goes_wrong_is_shown_and_keys_are_sent(page, tiny: Path) -> None:
 
 def test_adapters_are_chosen_by_name(page, tiny: Path) -> None:
     service = make_service(tiny, cache=None)
-    service.settings.adapters["polite"] = "somewhere"  # the engine is not the model's
+    service.adapters.by_name["polite"] = ServedAdapter("polite", "polite", tiny, "", 0)  # the engine is not the model's
     service.engine = FakeEngine(["yes"])
     with serving(service) as client:
         page.goto(str(client.base_url))

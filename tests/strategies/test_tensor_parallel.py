@@ -31,6 +31,7 @@ MODELS = {
     "bert": {**ENCODER, "head": "transform", "head_bias": True},
     "t5": {**GPT, "shape": "encoder_decoder", "n_decoder_layer": 2, "position": "relative", "scale_head": True},
     "alibi": {**GPT, "position": "alibi", "norm_order": "sandwich", "bias": False},
+    "longformer": {**LLAMA, "attention_kind": "window", "window": 3, "n_global": 1},
     "lora": GPT,
 }
 LOSSES = {

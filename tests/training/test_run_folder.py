@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from genai_pl.signals import RANK_VARIABLES
+from genai_pl.ranks import RANK_VARIABLES
 from genai_pl.training.output_folders import remove_unstarted, reserve_folder
 from tests.conftest import TINY, some
 

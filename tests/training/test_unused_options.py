@@ -55,6 +55,9 @@ NO_EFFECT = [  # command, what makes it so, what was typed
     ("config", "objective=rloo", "objective.kl_estimator=k2"),
     ("config", "objective=cispo", "objective.clip_range=0.1"),
     ("config", "objective=ppo", "objective.kl_horizon=5"),
+    ("config", "objective=ppo", "objective.pass_score=1"),
+    ("config", "objective=distill objective.teacher=m", "objective.server.retries=2"),
+    ("config", "objective=distill objective.teacher=http://h/v1 objective.top_k=8", "objective.server.top_k=4"),
     ("config", "peft=prompt", "peft.init_text=hello"),
     ("config", "objective=contrastive resume=a objective.learn_temperature=true", "objective.temperature=1"),
     ("generate", "embed=true", "generation.top_k=5"),
@@ -93,6 +96,7 @@ EFFECT = [
     ("config", "objective=contrastive resume=a", "objective.temperature=1"),
     ("generate", "embed=true", "pooling=mean"),
     ("generate", "generation=beam", "generation.length_penalty=2"),
+    ("config", "objective=distill objective.teacher=http://h/v1", "objective.server.top_k=4"),
     ("feedback", "judge=http://x", "retries=2"),
 ]
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.config.enums import AttentionBackend
+from genai_pl.distributed.context_group import ALONE
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.kernels import positions_from_segments
 from genai_pl.models.hf.transformers_attention import NAME, Packing, register
@@ -68,6 +69,7 @@ class WrappedDecoder(nn.Module):
     """
 
     feature_methods = ("features",)
+    context_group = ALONE
 
     def __init__(
         self,

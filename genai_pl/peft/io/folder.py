@@ -120,6 +120,17 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
         raise CheckpointError(message if message.startswith(str(folder)) else f"{folder}: {message}") from None
 
 
+def read_method(folder: Path) -> tuple[str, dict[str, object]]:
+    """(peft_type, our options, empty for a file of PEFT's) of an adapter folder, without its model; CheckpointError as above."""
+    try:
+        config = read_json(folder / ADAPTER)
+        options = _read_file(folder / WEIGHTS, config).options
+        return str(config.get("peft_type")), options if isinstance(options, dict) else {}
+    except CheckpointError as error:
+        message = str(error)
+        raise CheckpointError(message if message.startswith(str(folder)) else f"{folder}: {message}") from None
+
+
 def add_label_head(model: nn.Module, folder: Path) -> None:
     """Give a base the head for labels whose weights an adapter folder brings, if it brings one.
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from copy import deepcopy
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from genai_pl.generation import build_output_constraints
 from genai_pl.generation.prefix_cache import PrefixBlocks
 from genai_pl.models import Model, WrappedDecoder
 from genai_pl.serving.engine.adapter_selector import AdapterSelector
-from genai_pl.serving.engine.model_runner import make_model_runner
+from genai_pl.serving.engine.model_runner import make_model_runner, prefix_root
 from genai_pl.serving.engine.request import EngineObserver, QueueFull, Request, TokenStream, check_request
 from genai_pl.serving.engine.request_state import RequestState, isolate_failure
 from genai_pl.serving.engine.sampler import sample
@@ -43,6 +44,7 @@ class Engine:
     prefill_chunk: prompt tokens that are read between two decode steps
     prefix_cache_mib: MiB of keys and values kept for prompts that begin like earlier requests; 0 keeps none
     adapters: adapter folder by the name that requests use
+    reloads_adapters: adapters may be loaded and retired while requests run; scores then always wait for a turn between two steps
     observer: receives the events that Prometheus counts
 
     Only the engine's thread changes requests that run, so nothing in a pass needs a lock. Other threads meet it at `submit`,
@@ -66,6 +68,7 @@ class Engine:
         prefill_chunk: int = 512,
         prefix_cache_mib: float = 64.0,
         adapters: Mapping[str, str] | None = None,
+        reloads_adapters: bool = False,
         observer: EngineObserver | None = None,
     ) -> None:
         for name, value in {"slots": slots, "queue_size": queue_size, "prefill_chunk": prefill_chunk}.items():
@@ -76,7 +79,7 @@ class Engine:
         self.slots, self.queue_size = slots, queue_size
         self.max_length = min(max_length or model.config.max_seq_len, model.config.max_seq_len)
         self.observer = observer or EngineObserver()
-        self.adapters = AdapterSelector(model, adapters or {})
+        self.adapters = AdapterSelector(model, adapters or {}, is_fixed=not reloads_adapters, observer=self.observer)
         self.device = self.adapters.device
         self._changed = threading.Condition()  # the lock, and the signal that there is something to do
         n_rows = slots + n_spare_slots(slots)
@@ -109,6 +112,7 @@ class Engine:
         the engine's time, however many requests come, and leave, and come again.
         """
         self._finish_stopped()
+        self._unload_adapters()
         # schedule and prefill, with one callable of another thread
         if self.decode_seconds_owed <= 0 or not self.model_runner.states:
             start = time.monotonic()
@@ -174,6 +178,7 @@ class Engine:
 
     def _start_request(self, state: RequestState) -> None:
         self.observer.started(time.monotonic() - state.submit_time)
+        state.stream.times.started = time.time_ns()
         with isolate_failure(state):
             state.start(self.model, self.tokenizer, self.device)
 
@@ -185,6 +190,21 @@ class Engine:
         for state in self.model_runner.states:
             state.check_stopped(now)
         self._remove_finished()
+
+    def _unload_adapters(self) -> None:
+        """Take leaving adapters that nothing uses out of the model, and what was kept of texts that were read with them."""
+        with self._changed:
+            unused = self._unused_adapters()
+        for name in unused:
+            adapter = self.adapters.unload(name)
+            if (blocks := self.model_runner.prefix_blocks) is not None:
+                blocks.forget(prefix_root(adapter))
+
+    def _unused_adapters(self) -> list[str]:
+        if not self.adapters.leaving:
+            return []
+        states = [*self.scheduler.waiting, *self.scheduler.running()]
+        return self.adapters.unused({state.request.adapter for state in states})
 
     def _remove_finished(self) -> None:
         for n in reversed(range(len(self.model_runner.states))):  # removing n moves only rows above n
@@ -238,7 +258,7 @@ class Engine:
                         self.finish(state, "error")
 
     def _is_busy(self) -> bool:
-        return bool(self.scheduler.waiting or self.n_running or self.thread_queue)
+        return bool(self.scheduler.waiting or self.n_running or self.thread_queue or self._unused_adapters())
 
     # other threads
 
@@ -293,6 +313,22 @@ class Engine:
                 raise QueueFull(self._retry_after())
             self._changed.notify_all()
             return self.thread_queue.add(run)
+
+    def load_adapter(self, name: str, folder: str) -> Future:
+        """Future of an adapter that requests may name from then on; its exception says why it cannot be loaded."""
+        return self.run_between_steps(lambda: self.adapters.load(name, Path(folder)))
+
+    def use_adapter(self, name: str, n: int) -> None:
+        """Note that n more users of an adapter begin, or that -n of them end."""
+        with self._changed:
+            self.adapters.n_users[name] += n
+            self._changed.notify_all()
+
+    def retire_adapter(self, name: str) -> None:
+        """Unload an adapter once no request and no user needs it; the caller lets nobody name it any more."""
+        with self._changed:
+            self.adapters.retire(name)
+            self._changed.notify_all()
 
     def _cancel_waiting(self, state: RequestState) -> None:
         """Free the queue place of a cancelled request at once; one that runs ends after the current step."""

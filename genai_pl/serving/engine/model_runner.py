@@ -11,6 +11,7 @@ from genai_pl.generation.prefix_cache import PrefixBlocks
 from genai_pl.models import Decoder, Model, WrappedDecoder
 from genai_pl.models.kv_cache import SlotCache
 from genai_pl.models.onnx.model import OnnxDecoder
+from genai_pl.peft import Adapter
 from genai_pl.serving.engine.adapter_selector import AdapterSelector
 from genai_pl.serving.engine.request_state import RequestState, isolate_failure
 
@@ -158,9 +159,7 @@ class BatchedModelRunner(ModelRunner):
             self.prefix_blocks.store(self._root(state), tokens, k, v)
 
     def _root(self, state: RequestState) -> str:
-        """What keys and values depend on besides tokens: the adapter, which has another number once it is loaded again."""
-        adapter = self.adapters.adapters.get(state.request.adapter)
-        return "base" if adapter is None else f"adapter {adapter.number}"
+        return prefix_root(self.adapters.adapters.get(state.request.adapter))
 
     def clear(self) -> list[RequestState]:
         """Take all requests out and free the SlotCache, whose contents are unknown after a failed pass."""
@@ -232,6 +231,11 @@ def unbatchable_reason(model: Model | WrappedDecoder) -> str | None:
     if model.config.attention_kind is not AttentionKind.full:
         return f"model.attention_kind={model.config.attention_kind.value} goes by places in the cache"
     return None if model.virtual is None else "there are virtual tokens in front of rows"
+
+
+def prefix_root(adapter: Adapter | None) -> str:
+    """What keys and values depend on besides tokens: the adapter, which has another number once it is loaded again."""
+    return "base" if adapter is None else f"adapter {adapter.number}"
 
 
 def share_cache(states: list[RequestState], capacity: int) -> None:

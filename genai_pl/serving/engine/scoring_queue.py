@@ -18,8 +18,9 @@ Slices = Generator[None, None, T]  # of scoring.py: every `yield` ends a slice, 
 class ScoringQueue:
     """Runs slices of one request at a time, each slice in the turn of its client.
 
-    engine: whose thread runs the slices between two of its steps if it has adapters, since activating one changes the model
-    for everybody; without adapters (or engine) a thread of this queue runs them, at the same time as the engine's passes
+    engine: whose thread runs the slices between two of its steps if it has adapters or may get some, since activating or
+    loading one changes the model for everybody; without adapters (or engine) a thread of this queue runs them, at the same
+    time as the engine's passes
     queue_size: requests that may wait for their first slice; a request that has had one always gets the next
     timeout: seconds from the first wait to the result
 
@@ -64,7 +65,7 @@ class ScoringQueue:
             has_begun = True
 
     def _begin(self, work: Callable[[], T], adapter: str | None) -> "Future[T]":
-        if self.engine is None or not self.engine.adapters.adapters:
+        if self.engine is None or (self.engine.adapters.is_fixed and not self.engine.adapters.adapters):
             return self.pool.submit(work)
         try:
             return self.engine.run_between_steps(work, adapter)

@@ -53,11 +53,12 @@ def openai_routes(service: Service) -> APIRouter:
         check(service, body, len(body.prompts))
 
         prompts = await while_connected(request.receive, completion_prompts(service, body))
-        answer_format = CompletionFormat(decoder(service), body.logprobs)
+        names = decoder(service, as_ids=body.return_tokens_as_token_ids)
+        answer_format = CompletionFormat(names, body.logprobs)
         if body.echo:
             adapter = service.adapter_of(body.model)
             echoes = await while_connected(request.receive, echoed(service, prompts, adapter, body.logprobs))
-            answer_format = CompletionFormat(decoder(service), body.logprobs, echoes, n_each=body.n)
+            answer_format = CompletionFormat(names, body.logprobs, echoes, n_each=body.n)
         token_limit = {"max_tokens": body.max_tokens, "param": "max_tokens", "default": 16}  # OpenAI's
         if body.max_tokens == 0:  # echo alone: no answer
             return await whole_answer(
@@ -90,12 +91,16 @@ def check(service: Service, body: OpenAISampling, n_prompts: int) -> None:
 def model_entry(service: Service, name: str) -> dict[str, object]:
     """The entry of a model or adapter; max_model_len and parent are vLLM's fields."""
     root = None if name == service.name else service.name
-    entry = {"id": name, "object": "model", "created": service.started, "owned_by": "genai_pl"}
+    adapter = None if root is None else service.adapters.find(name)
+    created = service.started if adapter is None else adapter.since
+    entry = {"id": name, "object": "model", "created": created, "owned_by": "genai_pl"}
     return {**entry, "max_model_len": service.context, "parent": root}
 
 
-def decoder(service: Service):
-    """A function from token id to text, for log-probabilities."""
+def decoder(service: Service, *, as_ids: bool = False):
+    """A function from token id to text, for log-probabilities; to token_id:N, which no two tokens share, where as_ids."""
+    if as_ids:
+        return lambda token: f"token_id:{token}"
     return lambda token: service.tokenizer.decode([token], skip_special_tokens=False)
 
 

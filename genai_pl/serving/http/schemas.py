@@ -142,6 +142,7 @@ class CompletionBody(OpenAISampling):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = Field(None, description="0 with echo: the prompt alone")
     echo: bool | None = Field(None, description="whether the text begins with the prompt, and logprobs have its tokens")
+    return_tokens_as_token_ids: bool = Field(False, description="whether logprobs name tokens token_id:N, as vLLM does")
     suffix: Text | None = Field(None, description="the text after the answer, for models that fill in the middle")
 
     @property

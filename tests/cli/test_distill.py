@@ -1,0 +1,116 @@
+"""distill.py: a teacher's file that is written by one command and read by runs, whatever happens to the writer."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from genai_pl.loading import load
+from genai_pl.modules.teacher_cache import TeacherCache
+from tests.conftest import TINY
+from tests.serving.servers import write_model
+from tests.training.test_alignment import table
+
+WRITE = ("distill", "teacher=teacher", "data.path=text.txt", "data.seq_len=32", "data.batch_size=4", "top_k=9")
+OWN = [option for option in TINY if not option.startswith(("model.", "tokenizer"))]
+TRAIN = ("train", "objective=distill", "init_from=student", "data.path=text.txt", "data.seq_len=32", *OWN)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_model(folder / "teacher", template=False, n_layer=2)
+    write_model(folder / "student", template=False, init_std=0.05)
+    return folder
+
+
+@pytest.fixture
+def place(models: Path, tmp_path: Path) -> Path:
+    for name in ("teacher", "student"):
+        (tmp_path / name).symlink_to(models / name)
+    (tmp_path / "text.txt").write_text("".join(f"{i} times {i} is {i * i}. " for i in range(60)))
+    return tmp_path
+
+
+def killed_after(n: int, run) -> None:
+    """Let a copy of this process call a function, which SIGKILL ends at its n-th write."""
+    child = os.fork()
+    if child == 0:
+        original, calls = TeacherCache.write, []
+
+        def write(self, *arguments: object) -> None:
+            calls.append(original(self, *arguments))
+            if len(calls) == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        TeacherCache.write = write
+        run()
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+def test_a_killed_writer_goes_on_and_the_file_is_that_of_a_run(place: Path, command) -> None:
+    result = command(*WRITE, "out=whole")
+    assert result.status == 0, result.err
+    killed_after(3, lambda: command(*WRITE, "out=taught"))
+    done = int((TeacherCache(place / "taught").done == 1).sum())
+    again = command(*WRITE, "out=taught")
+    assert 0 < done < TeacherCache(place / "whole").contents.rows
+    assert f"teacher     {done} of " in again.out
+    for name in ("ids", "logprobs", "done"):
+        assert (place / "taught" / name).read_bytes() == (place / "whole" / name).read_bytes()
+    # a run that has the teacher write its file learns the same
+    assert command(*TRAIN, "objective.teacher=taught", "hydra.run.dir=file").status == 0
+    options = ("objective.teacher=teacher", "objective.top_k=9", "objective.teacher_cache=cache", "hydra.run.dir=own")
+    assert command(*TRAIN, *options).status == 0
+    losses = [[row["train/loss"] for row in table(place / run)] for run in ("file", "own")]
+    assert losses[0] == losses[1]
+
+
+def test_the_file_has_the_likeliest_tokens_and_the_mass_of_all_others(place: Path, command) -> None:
+    assert command(*WRITE).status == 0
+    cache = TeacherCache(place / "taught")
+    model = load("teacher").model
+    text = (place / "text.txt").read_bytes()
+    row = torch.tensor([list(text[:32])])  # a byte is its id
+    with torch.no_grad():
+        exact = model.logits(model.features(row))[0].double().softmax(-1)
+    values, ids = cache.read(torch.tensor([0]), 32, device=torch.device("cpu"))
+    expected = exact.topk(9)
+    assert (ids[0] == expected.indices).all()
+    np.testing.assert_allclose(values[0, :, :9].exp(), expected.values, rtol=4e-3)
+    np.testing.assert_allclose(values[0, :, 9].exp(), 1 - expected.values.sum(1), rtol=4e-3)
+
+
+MISTAKES = (
+    ("distill", ("top_k=0",), "top_k=0 must be at least 1"),
+    ("distill", ("temperature=0",), "temperature=0.0 must be above 0"),
+    ("distill", ("out=text.txt",), "out=text.txt: there is something else"),
+    ("distill", ("objective.alpha=0.1",), "objective.alpha=0.1: has no effect"),
+    ("distill", ("top_k=8",), "out=taught: holds another top_k (teacher)"),
+    ("distill", ("data.seq_len=16",), "out=taught: holds other rows (teacher)"),
+    ("distill", ("teacher=student",), "out=taught: holds another teacher (teacher)"),
+    ("train", ("objective.teacher=taught", "data.seq_len=16"), "rows of 32 tokens, the data give"),
+    ("train", ("objective.teacher=taught", "data.path=other.txt"), "holds other rows than the data give"),
+    ("train", ("objective.teacher=taught", "objective.temperature=2"), "was written at temperature 1.0"),
+    ("train", ("objective.teacher=taught", "objective.top_k=8"), "holds 9 tokens of a position"),
+    ("train", ("objective.teacher=taught", "objective.student_fraction=0.5"), "what the student writes is not on"),
+    ("train", ("objective.teacher=cut",), "cut: 1 rows are missing"),
+)
+
+
+def test_a_mistake_is_one_line(place: Path, command) -> None:
+    assert command(*WRITE).status == 0
+    (place / "other.txt").write_text((place / "text.txt").read_text().replace("1", "2"))
+    shutil.copytree(place / "taught", place / "cut")
+    TeacherCache(place / "cut", writable=True).done[0] = 0
+    for name, options, message in MISTAKES:
+        result = command(*(WRITE if name == "distill" else TRAIN), *options)
+        assert result.status in (1, 2), options
+        assert result.err.startswith("error: ")
+        assert message in result.err
+        assert result.err.count("\n") == 1
