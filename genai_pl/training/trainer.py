@@ -273,12 +273,26 @@ def prepare_strategy(config: DictConfig, run: Run) -> None:
     strategy.connect(run.module)
     if isinstance(strategy, ShardedStrategy):
         strategy.check(run.module, rows=run.data.batch_size)
+        check_schedule(config)
     if config.trainer.optimizer_in_backward:
         check_in_backward(config, run)
         run.module.step_in_backward()
     kind, every = config.trainer.recompute, config.trainer.recompute_every
     if kind is not None or every is not None:
         recompute(run.module.model, 1 if every is None else every, kind=kind or "full")
+
+
+def check_schedule(config: DictConfig) -> None:
+    """ConfigError for what joins the two halves of a backward pass that a schedule of pipelines splits."""
+    if config.strategy.get("schedule") != "zero_bubble":
+        return
+    options = config.trainer
+    joined = {"compile": config.compile, "trainer.recompute": options.recompute or options.recompute_every}
+    for name, value in joined.items():
+        if value:
+            raise ConfigError(
+                f"{name} does not go with strategy.schedule=zero_bubble, which splits backward passes: take interleaved"
+            )
 
 
 def check_in_backward(config: DictConfig, run: Run) -> None:
