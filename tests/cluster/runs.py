@@ -85,7 +85,7 @@ class Sweep(NamedTuple):
 
     def check(self, expected: Path) -> None:
         """All jobs have ended, at least one of them continued a run, and each has the numbers of an undisturbed one."""
-        out, _ = self.process.communicate(timeout=600)
+        out, _ = self.process.communicate(timeout=1800)
         assert self.process.returncode == 0, out
         logs = [(self.path / str(n) / "train.log").read_text(encoding="utf-8") for n in range(8)]
         assert any("resuming " in log for log in logs)
@@ -105,6 +105,6 @@ def undisturbed_sweep(folder: Path) -> Path:
     """The folder of the same sweep, one job after the other."""
     if not (folder / "undisturbed-sweep").exists():
         done = sweep("undisturbed-sweep", folder, PLAIN)
-        out, _ = done.process.communicate(timeout=600)
+        out, _ = done.process.communicate(timeout=1800)
         assert done.process.returncode == 0, out
     return folder / "undisturbed-sweep"

@@ -46,7 +46,7 @@ trainer.fit()
 def test_a_sweep_loses_a_worker_and_no_job(tmp_path: Path) -> None:
     folder = prepare(tmp_path)
     running = sweep("sweep", folder, PLAIN, "hydra/launcher=ray")
-    wait_until(lambda: len(running.saved()) >= 3, "jobs of the sweep", seconds=400)
+    wait_until(lambda: len(running.saved()) >= 3, "jobs of the sweep", seconds=1200)
     jobs = [pid for pid in pids() if f"{folder}/sweep/" in command_of(pid) and "train.py" in command_of(pid)]
     kill(parent_of(jobs[0]))  # the worker of Ray, with which its command ends
     wait_until(lambda: not command_of(jobs[0]), "the command of the lost worker", seconds=10)
