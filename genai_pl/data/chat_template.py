@@ -80,6 +80,7 @@ class ChatTemplate:
 
     needs_parts: the template reads `content` as a list of parts (those of models that see images).
     supports_tools: whether tools change the text; None until tools are given for the first time.
+    shows_all_calls: every call of a turn is in the text; False until a turn with several has shown it.
     reasoning_keys: the keys of a message whose text is in the rendering of a last turn; None until reasoning is given.
     special: matches any special token of the tokenizer, longest first.
     """
@@ -90,6 +91,7 @@ class ChatTemplate:
         self.tokenizer, self.needs_parts = tokenizer, False
         self.supports_tools: bool | None = None  # not known before some are given
         self.reasoning_keys: tuple[str, ...] | None = None
+        self.shows_all_calls = False
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         special = sorted(filter(None, special), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
@@ -119,6 +121,7 @@ class ChatTemplate:
         for n, message in enumerate(messages):
             if message["role"] != "assistant":
                 _check_turn_rendered(message, n, text)
+            self._check_all_calls(messages, n, tools)
         return text
 
     def render_with_spans(self, messages: Messages, n_prompt: int = 0, tools: Tools = ()) -> Rendering:
@@ -132,6 +135,7 @@ class ChatTemplate:
         self._check_tools(tools, text)
         spans: list[tuple[int, int]] = []
         for n, message in enumerate(messages):
+            self._check_all_calls(messages, n, tools)
             if message["role"] != "assistant":
                 _check_turn_rendered(message, n, text)
             elif n >= n_prompt:
@@ -180,6 +184,19 @@ class ChatTemplate:
                 f"messages: the chat template has no place for the reasoning of turn {n + 1}; write it into the content, "
                 f"or leave out {' and '.join(reasoning_of(message))}"
             )
+
+    def _check_all_calls(self, messages: Messages, n: int, tools: Tools) -> None:
+        """DataError where the template prints one of several calls of a turn: names alone do not tell calls of one tool apart."""
+        calls = messages[n].get("tool_calls") or ()
+        if len(calls) < 2 or self.shows_all_calls:
+            return
+        turns = (messages[n], *({**messages[n], "tool_calls": some} for some in (calls[1:], calls[:-1])))
+        whole, *fewer = (self.try_render([*messages[:n], turn], tools) for turn in turns)
+        if whole in fewer and whole is not None:
+            raise DataError(
+                f"messages: the chat template leaves out a call in turn {n + 1} (assistant): give each call a turn of its own"
+            )
+        self.shows_all_calls = None not in (whole, *fewer)
 
     def _shows_question(self, *, in_parts: bool = False) -> bool:
         """Whether a question is in the text as a text, or as a list of parts that is not printed as such."""

@@ -112,7 +112,7 @@ def parse_json(text: str, place: Place) -> object:
     try:
         return loads(text)
     except (ValueError, RecursionError):
-        refuse(place, f"{preview(text)} is not JSON, as a list of objects in a text must be")
+        refuse(place, f"{preview(text)} is not JSON, as a list or an object in a text must be")
 
 
 def loads(text: str) -> object:

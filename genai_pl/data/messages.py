@@ -7,6 +7,7 @@ origin of a conversation. What cannot be represented (an image part, a weight pe
 
 from collections.abc import Mapping, Sequence
 
+from genai_pl.data.assistant_spans import REASONING_KEYS
 from genai_pl.data.columns import Place, loads, parse_json, parse_list, parse_text, preview, refuse
 
 LOSS_WEIGHT = "loss_weight"  # of LLaMA-Factory's messages: 1 where a turn is learned, 0 elsewhere
@@ -20,6 +21,7 @@ SHARE_GPT = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
 }
+ROLES = {"developer": "system", "function": "tool"}  # OpenAI's newer and former names
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")  # columns of what a text refers to and no model reads
 
 
@@ -86,7 +88,7 @@ def parse_message(value: object, place: Place) -> Message:
     """One message with role, content (a text) and its other keys; DataError for anything else."""
     if type(value) is dict and len(value) == 2:  # nearly all messages: two texts and nothing to convert
         role, content = value.get("role"), value.get("content")
-        if type(content) is str and type(role) is str and role:
+        if type(content) is str and type(role) is str and role and role not in ROLES:
             return {"role": role, "content": parse_text(content, place)}
     # normalize ShareGPT's keys, then check what every message needs
     if isinstance(value, Mapping) and {"from", "value"} <= set(value) and "role" not in value:
@@ -100,12 +102,23 @@ def parse_message(value: object, place: Place) -> Message:
             place, f"messages: {LOSS_WEIGHT} {preview(value[LOSS_WEIGHT])} of the role {value['role']}: "
             "every answer is learned, and nothing else; leave the key out"
         )  # fmt: skip
+    value = _in_use(value)
     message: Message = {"role": value["role"], "content": ""}
-    message |= {key: inner for key, inner in value.items() if inner is not None and key not in ("content", LOSS_WEIGHT)}
+    own = ("content", "tool_calls", LOSS_WEIGHT)
+    message |= {key: inner for key, inner in value.items() if inner is not None and key not in own}
     message["content"] = _content(value, place)
-    if value.get("tool_calls"):
-        message["tool_calls"] = parse_list(value["tool_calls"], place, _call)
-    return message
+    calls = parse_list(value.get("tool_calls") or [], place, _call)
+    return {**message, "tool_calls": calls} if calls else message  # an empty list would pass for a call in templates
+
+
+def _in_use(value: Mapping[str, object]) -> Mapping[str, object]:
+    """The message with OpenAI's former `function_call` as a call, and roles by the names that chat templates know."""
+    if value["role"] in ROLES:
+        return {**value, "role": ROLES[value["role"]]}
+    if not value.get("function_call") or value.get("tool_calls"):
+        return value
+    rest = {key: inner for key, inner in value.items() if key != "function_call"}
+    return {**rest, "tool_calls": _as_functions([value["function_call"]])}
 
 
 def _from_value(value: Mapping[str, object], place: Place) -> Message:
@@ -128,7 +141,7 @@ def _content(value: Mapping[str, object], place: Place) -> str:
     """The content as a text; it may be missing only where there are tool calls or thoughts."""
     content = value.get("content")
     if content is None:
-        if not any(value.get(key) for key in ("tool_calls", "reasoning_content", "thinking")):
+        if not any(value.get(key) for key in ("tool_calls", *REASONING_KEYS)):
             refuse(place, f"messages: each is an object with role and content, not {preview(value)}")
         return ""
     return join_parts(
@@ -153,18 +166,33 @@ def join_parts(parts: Sequence[str]) -> str:
 
 
 def _call(call: object, place: Place) -> Message:
-    """A tool call with its arguments as an object.
+    """A tool call as OpenAI writes it, with its arguments as an object; none are an empty one.
 
     Chat templates serialize the arguments themselves; JSON text would be escaped a second time.
     """
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         refuse(place, f"messages: a call in tool_calls is an object with a function and its name, not {preview(call)}")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        arguments = parse_json(arguments, place)
-    plain = {**function, **({} if arguments is None else {"arguments": arguments})}
-    return {**call, "function": plain} if "function" in call else plain
+    arguments = _arguments(function.get("arguments"))
+    if arguments is None:
+        refuse(
+            place, f"messages: the arguments of a call are an object, or its JSON text, not {preview(function['arguments'])}"
+        )  # fmt: skip
+    outer = call if "function" in call else {}
+    wrapper = outer if outer.get("type") else {"type": "function", **{k: v for k, v in outer.items() if k != "type"}}
+    return {**wrapper, "function": {**function, "arguments": arguments}}
+
+
+def _arguments(value: object) -> Mapping[str, object] | None:
+    """Arguments as an object, from JSON text that may have been written as JSON once more; None for anything else."""
+    for _ in range(2):
+        if isinstance(value, str):
+            try:
+                value = loads(value) if value.strip() else {}
+            except (ValueError, RecursionError):
+                return None
+    value = {} if value is None else value
+    return value if isinstance(value, Mapping) else None
 
 
 def extract_prompt(

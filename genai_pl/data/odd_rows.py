@@ -5,6 +5,8 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from genai_pl.data.assistant_spans import REASONING_KEYS
+
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
@@ -75,6 +77,6 @@ def has_empty_answer(text: str) -> bool:
         isinstance(message, dict)
         and message.get("role") == "assistant"
         and not str(message.get("content") or "").strip()
-        and not any(message.get(key) for key in ("tool_calls", "reasoning_content", "thinking"))
+        and not any(message.get(key) for key in ("tool_calls", *REASONING_KEYS))
         for message in messages
     )

@@ -42,6 +42,7 @@ def parse_tools(value: object, place: Place) -> list[Schema]:
         return []
     if isinstance(value, str):
         value = [value] if IS_SIGNATURE.match(value) else parse_json(value, place)
+    value = [] if value is None else value  # the JSON text null
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):

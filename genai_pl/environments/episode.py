@@ -10,11 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
+from genai_pl.data.columns import Place
+from genai_pl.data.messages import Message, parse_messages
 from genai_pl.data.turns import Turns
 from genai_pl.environments.environment import Observation
 from genai_pl.environments.tools import Tools
 from genai_pl.environments.user_code import OneLineErrors
-from genai_pl.errors import ConfigError
+from genai_pl.errors import ConfigError, DataError
 
 # names of metrics that rollouts and policies log themselves
 TAKEN = {"scores", "scored", "kl", "ended", "response_length", "entropy", "rlhf_reward", "targets"}
@@ -65,13 +69,17 @@ class Episode:
     async def start(self, row: Mapping[str, object], seed: int) -> None:
         """Reset the environment to a row of the data, and tokenize its first messages."""
         rules, environment = self.rules, self.environment
-        self.tools = Tools(getattr(environment, "tools", ()), option=rules.option, timeout=rules.tool_timeout)
+        with OneLineErrors(f"{rules.option}: tools"):
+            tools = getattr(environment, "tools", None)
+            tools = [] if tools is None else list(tools)
+        self.tools = Tools(tools, option=rules.option, timeout=rules.tool_timeout)
         with OneLineErrors(f"{rules.option}: reset"):
             takes_seed = "seed" in inspect.signature(environment.reset).parameters
-            first = await _awaited(environment.reset(row, seed=seed) if takes_seed else environment.reset(row))
-        self.is_text = isinstance(first, str)
-        if not first or not (self.is_text or _are_messages(first)):
-            raise ConfigError(f"{rules.option}: reset gave {_shown(first)}: give messages, or a text")
+            given = await _awaited(environment.reset(row, seed=seed) if takes_seed else environment.reset(row))
+        self.is_text = isinstance(given, str)
+        first = given if self.is_text else _parsed(given)
+        if not first:
+            raise ConfigError(f"{rules.option}: reset gave {_shown(given)}: give messages, or a text")
         if not self.is_text and first[-1]["role"] == "assistant":
             raise ConfigError(f"{rules.option}: reset gave an answer as the last message: the policy is to answer")
         if self.is_text and self.tools.schemas:
@@ -82,7 +90,7 @@ class Episode:
             raise ConfigError(
                 f"{rules.option}: its tools need objective.max_turns=2 or more: a call, and what is made of it"
             )
-        self.messages = [] if self.is_text else [dict(message) for message in first]
+        self.messages = [] if self.is_text else first
         self.prompt = rules.turns.prompt(first if self.is_text else self.messages, self.tools.schemas)
         room = rules.context - rules.max_new_tokens
         if len(self.prompt) > room:
@@ -146,7 +154,7 @@ class Episode:
         self.tokens += ids
         self.is_sampled += [False] * len(ids)
         if not self.is_text:
-            self.messages += [answer, *map(dict, after)]
+            self.messages += [answer, *after]
 
     def _checked(self, observation: object) -> Observation:
         """The observation of a step; ConfigError for what cannot be one."""
@@ -154,22 +162,22 @@ class Episode:
         if not isinstance(observation, tuple) or not 1 <= len(observation) <= 3:
             raise ConfigError(f"{option}: step gave {_shown(observation)}: give Observation(messages, reward, done)")
         observation = Observation(*observation)
-        reward = observation.reward
-        if not isinstance(reward, bool | int | float) or not math.isfinite(reward):
-            raise ConfigError(f"{option}: step gave the reward {_shown(reward)}: give a finite number")
-        messages = observation.messages
-        if observation.done not in (True, False):
+        if not _is_finite(observation.reward):
+            raise ConfigError(f"{option}: step gave the reward {_shown(observation.reward)}: give a finite number")
+        if not isinstance(observation.done, bool | np.bool_ | int) or observation.done not in (True, False):
             raise ConfigError(f"{option}: step gave done={_shown(observation.done)}: give True or False")
         if observation.done:
             return observation
-        if not messages:
+        messages = observation.messages
+        if isinstance(messages, Sequence) and not messages:
             raise ConfigError(f"{option}: step gave no messages, and done=False: there is nothing to answer")
         if self.is_text != isinstance(messages, str):
             kinds = ("a text", "messages") if self.is_text else ("messages", "a text")
             raise ConfigError(f"{option}: reset gave {kinds[0]}, and step {kinds[1]}: give the same")
-        if not self.is_text and not (_are_messages(messages) and all(m["role"] != "assistant" for m in messages)):
+        turns = messages if self.is_text else _parsed(messages)
+        if not turns or (not self.is_text and any(turn["role"] == "assistant" for turn in turns)):
             raise ConfigError(f"{option}: step gave {_shown(messages)}: give messages of the user or of tools")
-        return observation
+        return observation._replace(messages=turns)
 
     def metrics(self) -> dict[str, float]:
         """Numbers of the episode by name: those that all have, and the environment's own."""
@@ -184,7 +192,7 @@ class Episode:
         option = self.rules.option
         with OneLineErrors(f"{option}: metrics"):
             own = getattr(self.environment, "metrics", dict)()
-        if not isinstance(own, Mapping) or not all(isinstance(value, int | float) for value in own.values()):
+        if not isinstance(own, Mapping) or not all(map(_is_number, own.values())):
             raise ConfigError(f"{option}: metrics gave {_shown(own)}: give numbers by name")
         if taken := sorted(TAKEN & own.keys()):
             raise ConfigError(f"{option}: metrics gave {taken[0]!r}, which every episode has: choose another name")
@@ -195,14 +203,29 @@ async def _awaited(value: object) -> object:
     return await value if inspect.isawaitable(value) else value
 
 
-def _are_messages(value: object) -> bool:
-    """Whether a value is messages, each with a role and a content or calls."""
-    return isinstance(value, Sequence) and all(
-        isinstance(message, Mapping) and "role" in message and {"content", "tool_calls"} & set(message)
-        for message in value
-    )
+def _parsed(value: object) -> list[Message]:
+    """Messages in the form that those of data have; none for anything else, a content that is no text among it."""
+    try:
+        return parse_messages(value, Place("environment", 1))
+    except DataError:
+        return []
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a number that a float holds, nan and infinity among them."""
+    try:
+        return isinstance(value, int | float) and float(value) is not None
+    except OverflowError:
+        return False
+
+
+def _is_finite(value: object) -> bool:
+    return _is_number(value) and math.isfinite(value)
 
 
 def _shown(value: object) -> str:
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no int of more than 4300 digits
+        text = f"{type(value).__name__} of too many digits"
     return text if len(text) <= 60 else f"{text[:57]}..."

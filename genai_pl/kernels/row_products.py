@@ -100,7 +100,7 @@ def multiply_rows(x: Tensor, packed: RowWeight, bias: Tensor | None = None, more
 def widened(packed: RowWeight) -> Tensor:
     """The weight (out, width) in float32; NotImplementedError without a library."""
     weight, dtype, width, scales = packed
-    y = torch.empty(len(weight), width)
+    y = torch.empty(len(weight), width, **FLOATS)
     threads = torch.get_num_threads() if y.numel() > SMALL else 1
     addresses = weight.data_ptr(), address_of(scales), y.data_ptr()
     library().widen(KINDS[dtype], *addresses, len(weight), width, threads)

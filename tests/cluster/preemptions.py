@@ -37,7 +37,7 @@ def preempt(cluster: Cluster, job: str, kind: str, folder: Path) -> None:
         cluster.submit(*needs, "--wrap=sleep 1", cwd=folder)
     else:
         cluster.run("scancel", "--signal=USR1", job)
-    wait_until(lambda: restarts(cluster, job) > before, f"{kind} of job {job}", seconds=200)
+    wait_until(lambda: restarts(cluster, job) > before, f"{kind} of job {job}", seconds=900)
 
 
 def length(times: int) -> int:
@@ -66,12 +66,12 @@ def preempted(cluster: Cluster, folder: Path, *, times: int, steps: int, seed: i
     for n in range(times):
         reached = last_step(run)
         wanted = reached + draw.randint(1, 6)
-        wait_until(lambda wanted=wanted: last_step(run) >= wanted, f"step {wanted}", seconds=400)
+        wait_until(lambda wanted=wanted: last_step(run) >= wanted, f"step {wanted}", seconds=900)
         at.append(last_step(run))
         kind = KINDS[n % len(KINDS)]
         preempt(cluster, job, kind, folder)
         print(f"{n + 1:3d}  {kind:10}at step {at[-1]}, went on from {last_step(run)}", flush=True)
-    state = cluster.wait(job, seconds=600)
+    state = cluster.wait(job, seconds=1800)
     log = (folder / f"slurm-{job}.log").read_text(encoding="utf-8")
     assert state == "COMPLETED", log
     assert "Traceback" not in log, log

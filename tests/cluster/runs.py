@@ -48,7 +48,13 @@ def here(script: Path, folder: Path) -> Path:
     return copied
 
 
-PLAIN = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # variables of a training outside of a cluster
+PLAIN = {  # variables of a training outside of Slurm; Ray waits until it has started on a busy machine
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 
 def run(folder: Path, *command: str) -> str:

@@ -239,6 +239,12 @@ class Wrong(Environment):
     [
         (None, r"step gave None: give Observation\(messages, reward, done\)"),
         (Observation([], float("nan")), "step gave the reward nan: give a finite number"),
+        (Observation([], 10**400), "step gave the reward 1000000.*give a finite number"),
+        (Observation([], 10**5000), "step gave the reward int of too many digits"),
+        (Observation([], 0.0, np.zeros(2)), r"step gave done=array\(.*\): give True or False"),
+        (Observation(np.zeros(2)), r"step gave array\(.*\): give messages of the user"),
+        (Observation([{"role": "user", "content": None}]), "give messages of the user or of tools"),
+        (Observation([{"role": "tool", "content": {"a": 1}}]), "give messages of the user or of tools"),
         (Observation(), "step gave no messages, and done=False"),
         (Observation("more"), "reset gave messages, and step a text"),
         (Observation([answer("I said.")]), "give messages of the user or of tools"),
@@ -248,6 +254,35 @@ class Wrong(Environment):
 def test_what_an_environment_gives_wrongly_is_one_line(gives: object, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         play(Wrong(gives), chat_tokenizer(), {"prompt": [user("Hi")]}, "Hello.<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (np.zeros(2), r"reset gave array\(.*\): give messages, or a text"),
+        ([{"role": "user", "content": None}], "reset gave .*: give messages, or a text"),
+        ([{"role": "user", "content": {"a": 1}}], "reset gave .*: give messages, or a text"),
+        ([], r"reset gave \[\]: give messages, or a text"),
+    ],
+)
+def test_a_first_prompt_that_no_template_can_show_is_one_line(given: object, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        play(SimpleNamespace(reset=lambda row: given), chat_tokenizer(), {})
+
+
+def test_messages_of_an_environment_are_read_as_those_of_data_are() -> None:
+    tokenizer = chat_tokenizer()
+    turn = {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]}
+    given = [turn, {"role": "user", "content": 3, "tool_calls": []}]
+    episode = play(SimpleNamespace(reset=lambda row: given, tools=None), tokenizer, {})
+    same = [{"role": "system", "content": "Be brief."}, user("3")]
+    assert episode.prompt == tokenizer.apply_chat_template(same, add_generation_prompt=True)["input_ids"]
+
+
+@pytest.mark.parametrize("tools", [len, 3])
+def test_tools_that_are_no_list_are_one_line(tools: object) -> None:
+    with pytest.raises(ConfigError, match=r"objective.environment=x: tools: raised TypeError, .* is not iterable"):
+        play(SimpleNamespace(reset=lambda row: [user("Hi")], tools=tools), chat_tokenizer(), {})
 
 
 def test_coroutines_of_all_episodes_wait_together() -> None:
@@ -269,6 +304,7 @@ def test_coroutines_of_all_episodes_wait_together() -> None:
         ({"scores": 77.0}, "'scores', which every episode has"),
         ({"turns": 1}, "'turns', which every episode has"),
         ({"x": "abc"}, "give numbers by name"),
+        ({"x": 10**400}, "give numbers by name"),
         (None, "give numbers by name"),
     ],
 )

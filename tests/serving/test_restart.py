@@ -121,14 +121,14 @@ def test_no_stream_is_lost_when_a_new_process_takes_over(workers: int, tmp_path:
     servers = [Server([*command, "name=old"], tmp_path / "old.txt")]
     clients: list[Client] = []
     try:
-        servers[0].wait_for(url)
+        servers[0].wait_for(url, 240)
         prompts = ["Once", "upon", "a time", "there", "was", "a king"]
         clients = [Client(url, prompt, streamed(url, prompt)[1]) for prompt in prompts]
         for client in clients:
             client.start()
         # the new one starts while streams run; from the moment that it listens it gets every new one
         servers.append(Server([*command, "name=new"], tmp_path / "new.txt"))
-        assert eventually(lambda: any(name == "new" for client in clients for name, *_ in client.seen), seconds=120)
+        assert eventually(lambda: any(name == "new" for client in clients for name, *_ in client.seen), seconds=240)
         told = time.monotonic()
         assert servers[0].stop() == 0
         ended = time.monotonic()

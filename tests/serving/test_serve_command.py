@@ -40,8 +40,8 @@ class Server:
     def printed(self) -> str:
         return self.log.read_text()
 
-    def wait_for(self, url: str) -> str:
-        assert eventually(lambda: self.process.poll() is not None or is_ready(url), seconds=90), self.printed
+    def wait_for(self, url: str, seconds: float = 90) -> str:
+        assert eventually(lambda: self.process.poll() is not None or is_ready(url), seconds=seconds), self.printed
         assert self.process.poll() is None, self.printed
         return url
 

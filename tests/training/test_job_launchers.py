@@ -119,6 +119,7 @@ def test_a_command_of_ray_writes_its_log_and_returns_its_status(tmp_path: Path) 
     assert log.read_text().split() == [str(tmp_path), "here"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_pick")
 def test_a_searching_sweeper_gets_the_results_of_jobs(command, submitted, tmp_path: Path) -> None:
     result = command("train", "-m", *TINY, "hydra/launcher=slurm", "hydra/sweeper=pick", "hydra.sweep.dir=s")

@@ -76,10 +76,12 @@ class CalledFunction(BaseModel):
     def plain(self) -> dict[str, object]:
         """The call as chat templates read it, with the arguments parsed: templates write the JSON themselves."""
         try:
-            arguments = json.loads(self.arguments)
+            arguments = json.loads(self.arguments) if self.arguments.strip() else {}  # of a function that takes none
             json.dumps(arguments, ensure_ascii=False).encode()  # half of a surrogate pair is no text
         except (ValueError, RecursionError):
             raise ApiError(422, "messages: the arguments of a call are not JSON", param="messages") from None
+        if not isinstance(arguments, dict):
+            raise ApiError(422, "messages: the arguments of a call are no JSON object", param="messages")
         return {"name": self.name, "arguments": arguments}
 
 
@@ -95,7 +97,7 @@ class Message(BaseModel):
     """One turn of a conversation.
 
     role: system, user, assistant, tool, or whatever the chat template knows; developer is read as system
-    content: text or parts of text; None only beside tool_calls
+    content: text or parts of text; None only beside tool_calls or reasoning
     tool_calls: calls of an assistant's turn
     tool_call_id: the call that a tool's turn answers
     name: of the tool that answers, or of who speaks; for templates that print it
@@ -126,6 +128,6 @@ class Message(BaseModel):
 
     @model_validator(mode="after")
     def _check_content(self) -> "Message":
-        if self.content is None and not self.tool_calls:
+        if self.content is None and not (self.tool_calls or any(getattr(self, key) for key in REASONING_KEYS)):
             raise ValueError("it has no content")
         return self
