@@ -44,6 +44,7 @@ from genai_pl.training.length import (
     warmup_of,
 )
 from genai_pl.training.output_folders import register_early_output
+from genai_pl.training.pipeline_rules import check_schedule
 from genai_pl.training.precision import Precision
 from genai_pl.training.run_report import SAMPLES
 from genai_pl.training.targets import instantiate
@@ -280,19 +281,6 @@ def prepare_strategy(config: DictConfig, run: Run) -> None:
     kind, every = config.trainer.recompute, config.trainer.recompute_every
     if kind is not None or every is not None:
         recompute(run.module.model, 1 if every is None else every, kind=kind or "full")
-
-
-def check_schedule(config: DictConfig) -> None:
-    """ConfigError for what joins the two halves of a backward pass that a schedule of pipelines splits."""
-    if config.strategy.get("schedule") != "zero_bubble":
-        return
-    options = config.trainer
-    joined = {"compile": config.compile, "trainer.recompute": options.recompute or options.recompute_every}
-    for name, value in joined.items():
-        if value:
-            raise ConfigError(
-                f"{name} does not go with strategy.schedule=zero_bubble, which splits backward passes: take interleaved"
-            )
 
 
 def check_in_backward(config: DictConfig, run: Run) -> None:
