@@ -10,6 +10,7 @@ A row is marked after it has been written, so a writer that was killed goes on w
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -97,13 +98,26 @@ class TeacherCache:
 
     def write(self, rows: Sequence[int], logprobs: Tensor, ids: Tensor) -> None:
         """Store logprobs (B, T, K + 1) and ids (B, T, K) of some rows, then mark them as done."""
+        lowest = float(np.finfo(np.float16).min)  # of a remainder that is no probability at all
+        values = logprobs.clamp(min=lowest).cpu().numpy().astype(np.float16)
         with naming(self.folder):
-            T = ids.shape[1]
-            self.ids[rows, :T] = ids.cpu().numpy().astype(self.ids.dtype)
-            lowest = float(np.finfo(np.float16).min)  # of a remainder that is no probability at all
-            self.logprobs[rows, :T] = logprobs.clamp(min=lowest).cpu().numpy().astype(np.float16)
-            self.ids.flush(), self.logprobs.flush()
-            self.done[rows] = 1
+            self._store("ids", self.ids, rows, ids.cpu().numpy().astype(self.ids.dtype))
+            self._store("logprobs", self.logprobs, rows, values)
+            self._store("done", self.done, rows, np.ones(len(rows), np.uint8))
+
+    def _store(self, name: str, array: np.memmap, rows: Sequence[int], values: np.ndarray) -> None:
+        """Write the beginnings of some rows of a file, and wait until they are on disk.
+
+        They do not go through the mapping: a full disk would end the process there (SIGBUS), and here it is an OSError.
+        """
+        n_row = array.nbytes // len(array)
+        with (self.folder / name).open("r+b", buffering=0) as file:
+            for row, value in zip(rows, values, strict=True):
+                file.seek(int(row) * n_row)
+                rest = memoryview(value.tobytes())
+                while rest:
+                    rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
 
     def read(self, rows: Tensor, length: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
         """Log-probabilities (B, length, K + 1), whose exponentials add up to 1, and ids (B, length, K) of some rows."""

@@ -1,6 +1,7 @@
 """distill.py: a teacher's file that is written by one command and read by runs, whatever happens to the writer."""
 
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from genai_pl.loading import load
-from genai_pl.modules.teacher_cache import TeacherCache
+from genai_pl.modules.teacher_cache import Contents, TeacherCache
 from tests.conftest import TINY
 from tests.serving.servers import write_model
 from tests.training.test_alignment import table
@@ -69,6 +70,31 @@ def test_a_killed_writer_goes_on_and_the_file_is_that_of_a_run(place: Path, comm
     assert command(*TRAIN, *options).status == 0
     losses = [[row["train/loss"] for row in table(place / run)] for run in ("file", "own")]
     assert losses[0] == losses[1]
+
+
+def test_a_full_disk_is_one_line_and_the_command_goes_on_later(place: Path, command, monkeypatch) -> None:
+    assert command(*WRITE, "out=whole").status == 0
+    create, limits = TeacherCache.create, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_a_small_disk(folder: Path, contents: Contents, **options: int) -> None:
+        create(folder, contents, **options)
+        half = (folder / "logprobs").stat().st_size // 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (half, limits[1]))  # bytes behind it are refused, not those before it
+
+    monkeypatch.setattr(TeacherCache, "create", staticmethod(on_a_small_disk))
+    try:
+        result = command(*WRITE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.status == 1
+    assert "taught" in result.err.splitlines()[-1]
+    assert "Traceback" not in result.err
+    monkeypatch.setattr(TeacherCache, "create", create)
+    done = TeacherCache(place / "taught").done.sum()
+    assert 0 < done < len(TeacherCache(place / "whole").done)
+    assert command(*WRITE).status == 0
+    for name in ("ids", "logprobs", "done"):
+        assert (place / "taught" / name).read_bytes() == (place / "whole" / name).read_bytes()
 
 
 def test_the_file_has_the_likeliest_tokens_and_the_mass_of_all_others(place: Path, command) -> None:
