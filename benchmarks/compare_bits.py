@@ -1,12 +1,14 @@
 """Quality of bits: python benchmarks/compare_bits.py MODEL TEXT OTHER ... compares OTHERs with MODEL on a text.
 
-MODEL and OTHERs are any references (folders, runs, GGUF files) of models with one tokenizer; TEXT is a file. Printed are
+MODEL and OTHERs are any references (folders, runs, GGUF files) of models with one tokenizer; TEXT is a file. An OTHER may also
+be bf16, f16, int8 or int4 (MODEL loaded so, `dtype=`), or nf4 (its blocks as `peft.quantize=nf4` holds them). Printed are
 perplexity, the mean Kullback-Leibler divergence KL(MODEL || OTHER) of the next token in nats, how often both have the same
 likeliest token, and the size of the weights on disk. All compute in float32 with the weights as they are stored.
 """
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +17,8 @@ from torch.nn.functional import log_softmax
 
 from genai_pl.loading import load
 from genai_pl.models import Model
+from genai_pl.models.packed_linear import bytes_when_packed
+from genai_pl.peft.quantize import Quantized, quantize
 
 
 def parse() -> argparse.Namespace:
@@ -37,8 +41,41 @@ def main() -> None:
     print(f"{'model':<28}{'MiB':>8}{'perplexity':>12}{'KL':>10}{'same':>8}  on {windows[:, 1:].numel():,} tokens")
     expected = [x.float() for x in log_probabilities(base.model, windows)]
     for name in (args.model, *args.others):
-        loaded = base if name == args.model else load(name)
-        report(name, size_of(loaded.path), loaded.model, windows, expected)
+        if name in KINDS:
+            model, size = KINDS[name](args.model)
+        else:
+            loaded = base if name == args.model else load(name)
+            model, size = loaded.model, size_of(loaded.path)
+        report(name, size, model, windows, expected)
+
+
+def rounded(reference: str, dtype: torch.dtype) -> tuple[Model, int]:
+    """The model with weights rounded to 16 bits, computing in float32, and their bytes."""
+    model = load(reference, dtype=dtype).model
+    return model.float(), 2 * sum(weight.numel() for weight in model.parameters())
+
+
+def packed(reference: str, dtype: torch.dtype) -> tuple[Model, int]:
+    """The model as `dtype=int8` or `int4` decodes with it, and the bytes of its matrices."""
+    size = bytes_when_packed(load(reference).model, dtype)
+    return load(reference, dtype=dtype).model, size
+
+
+def nf4(reference: str) -> tuple[Model, int]:
+    """The model on a base of nf4, and its bytes with all else in float32."""
+    model = quantize(load(reference).model, kind="nf4")
+    weights = list(model.parameters())
+    codes = sum(weight.codes.nbytes for weight in weights if isinstance(weight, Quantized))
+    return model, codes + 4 * sum(weight.numel() for weight in weights if not isinstance(weight, Quantized))
+
+
+KINDS = {
+    "bf16": partial(rounded, dtype=torch.bfloat16),
+    "f16": partial(rounded, dtype=torch.float16),
+    "int8": partial(packed, dtype=torch.int8),
+    "int4": partial(packed, dtype=torch.int4),
+    "nf4": nf4,
+}
 
 
 @torch.inference_mode()
