@@ -272,7 +272,7 @@ def stored_dtypes(reference: str) -> dict[str, torch.dtype]:
     if is_supported(path / "config.json"):
         return stored_of_folder(path)
     stored = TensorFiles(path)
-    return {f"inner.{name}": stored.dtype(name) for name in stored.files}
+    return {f"inner.{name}": stored.dtype(name) for name in stored.weights()}
 
 
 def refuse_twice(path: Path, adapter: Path, *, message: str) -> None:

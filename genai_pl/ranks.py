@@ -7,6 +7,7 @@ the variables of a job, such as SLURM_NTASKS, but only the tasks that srun start
 import os
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # torchrun's, ours, and Slurm's
+TORCH_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}  # enough to number the processes of a run
 TASKS = "SLURM_STEP_NUM_TASKS"  # how many processes one srun has started
 
 
@@ -17,6 +18,11 @@ def is_first_process() -> bool:
     """
     names = RANK_VARIABLES[:1] if "RANK" in os.environ else RANK_VARIABLES
     return all(os.environ.get(name, "0") == "0" for name in names)
+
+
+def started_by_torch() -> bool:
+    """Whether torchrun, or Ray with the same variables, has started this process and decides on numbers of processes."""
+    return os.environ.keys() >= TORCH_VARIABLES
 
 
 def started_by_srun() -> bool:

@@ -242,7 +242,7 @@ def costliest_stage(
     and its loss.
     """
     stages = []
-    for stage, (weights, trained) in enumerate(stage_sizes(model, layout.stages)):
+    for stage, (weights, trained) in enumerate(stage_sizes(model, layout.stages, layout.loops)):
         stage_share = replace(share, weights=weights, trained=trained)
         stage_loss = loss if stage == layout.stages - 1 else 0.0
         stages.append(

@@ -22,7 +22,8 @@ from genai_pl.data import sources
 from genai_pl.data.columns import Place, preview, refuse
 from genai_pl.data.formats import recognize
 from genai_pl.data.messages import TextOrMessages, extract_prompt, text_or_messages
-from genai_pl.data.messages_datamodule import CONTEXT, INPUT, parse_prompt
+from genai_pl.data.messages_datamodule import CONTEXT, INPUT, TOOLS, parse_prompt
+from genai_pl.data.tool_schemas import parse_tools
 from genai_pl.devices import choose_device
 from genai_pl.endpoints import ADDRESSES
 from genai_pl.errors import ConfigError, DataError
@@ -39,7 +40,14 @@ TASK_FIELDS = {  # what a line holds
     "critique": {"row", "prompt", "completion", "chosen", "rejected", "record"},
 }
 LINE_START = b'{"row": '  # of each line
-Request = list[TextOrMessages]  # a prompt, and the answers to it that the data bring
+
+
+class Request(NamedTuple):
+    """A prompt, the answers to it that the data bring, and the cell of their tools."""
+
+    prompt: TextOrMessages | None
+    answers: list[TextOrMessages]
+    tools: object = None
 
 
 def feedback(config: DictConfig) -> int:
@@ -55,7 +63,7 @@ def feedback(config: DictConfig) -> int:
     writes = writes_answers(config, columns_there)
     prompt = prompt_column(config.data.prompt, columns_there, source)
     columns = [prompt, *([] if writes else [config.data.first, config.data.second])]
-    rows = sources.read_records(source, {*columns, INPUT, CONTEXT})
+    rows = sources.read_records(source, {*columns, INPUT, CONTEXT, TOOLS})
     n_rows = None if config.limit is None else max([config.limit, *(n + 1 for n in done.rows)])
     requests = [read_request(row, columns, place) for place, row in islice(rows, n_rows)]
     check_same_requests(done, requests, config)
@@ -92,30 +100,32 @@ def prompt_column(named: str, columns: Sequence[str], source: sources.Source) ->
 
 
 def read_request(row: Mapping[str, object], columns: Sequence[str], place: Place) -> Request:
-    """The prompt of a row and the texts of its answers; DataError for longer conversations, which a judge does not
-    compare.
+    """The prompt of a row, its answers and tools; DataError for a conversation that ends with the assistant, and for tools
+    that a model would have to answer with.
     """
     prompt = parse_prompt(row, columns[0], place)
     answers = [text_or_messages(row.get(column), place.at(column)) for column in columns[1:]]
     prompt, answers = extract_prompt(prompt, answers, place)
-    if _single_text(prompt, "user") is None:
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        refuse(place, f"column {columns[0]!r}: ends with the assistant; a judge is asked about what follows a request")
+    tools = row.get(TOOLS) or None
+    if tools is not None:
+        parse_tools(tools, place.at(TOOLS))
+    if tools is not None and not answers:
         refuse(
-            place, f"column {columns[0]!r}: a judge is asked about one request: give a text, or one message of the user"
+            place, "column 'tools': an answer with calls is not written here; give two answers, or leave the column out"
         )
-    answer_texts = [_single_text(answer, "assistant") for answer in answers]
-    if None in answer_texts:
-        column = columns[1 + answer_texts.index(None)]
-        refuse(
-            place, f"column {column!r}: a judge compares single answers: give a text, or one message of the assistant"
-        )
-    return [prompt, *answer_texts]
+    texts = [_single_text(answer) for answer in answers]
+    if None in texts:  # conversations, both of them
+        texts = [[{"role": "assistant", "content": a}] if isinstance(a, str) else list(a) for a in answers]
+    return Request(prompt, texts, tools)
 
 
-def _single_text(value: TextOrMessages, role: str) -> str | None:
-    """The text of a value, or of a lone message of that role; None for anything else."""
+def _single_text(value: TextOrMessages) -> str | None:
+    """The text of a value, or of a lone message of the assistant; None for anything else."""
     if isinstance(value, str):
         return value
-    alone = len(value) == 1 and value[0]["role"] == role and set(value[0]) == {"role", "content"}
+    alone = len(value) == 1 and value[0]["role"] == "assistant" and set(value[0]) == {"role", "content"}
     return value[0]["content"] if alone else None
 
 
@@ -146,11 +156,13 @@ def run(config: DictConfig, todo: list, writer: Writer | None, judge: Writer | J
 
     def work(item: tuple[int, Request]) -> dict:
         """The finished line of one request."""
-        n, (prompt, *answers) = item
+        n, (prompt, answers, tools) = item
         if config.task == "critique":
             return {"row": n, **critique(writer, prompt, principles)}
         first, second = answers or (writer.answer(prompt), writer.answer(prompt))
-        return {"row": n, **label(prompt, first, second)}
+        given = {} if tools is None else {TOOLS: tools}
+        compared = label(prompt, first, second, **given) if scores else label(prompt, first, second)
+        return {"row": n, **compared, **given}
 
     # a local model is called by one thread: a device runs one batch at a time anyway
     scores = isinstance(judge, Judge)
@@ -242,11 +254,12 @@ def _own_line(line: bytes, task: str) -> dict[str, object] | None:
     contents = _parse_json(line)
     is_own = (
         isinstance(contents, dict)
-        and set(contents) == TASK_FIELDS[task]
+        and set(contents) - {TOOLS} == TASK_FIELDS[task]
         and type(contents["row"]) is int
         and contents["row"] >= 0
     )
-    kinds = {"chosen": str, "rejected": str, **({"position_bias": float} if task == "label" else {})}
+    answer = (str, list)
+    kinds = {"chosen": answer, "rejected": answer, **({"position_bias": float} if task == "label" else {})}
     return contents if is_own and all(isinstance(contents[key], kind) for key, kind in kinds.items()) else None
 
 
@@ -260,8 +273,9 @@ def check_same_requests(done: FinishedRows, requests: Sequence[Request], config:
     data.
     """
     for number, (n, line) in enumerate(done.rows.items(), start=1):
-        prompt, *answers = requests[n] if n < len(requests) else [None]
-        if line["prompt"] != prompt or (answers and sorted(answers) != sorted([line["chosen"], line["rejected"]])):
+        prompt, answers, _ = requests[n] if n < len(requests) else Request(None, [])
+        written = [line["chosen"], line["rejected"]]
+        if line["prompt"] != prompt or (answers and written not in (answers, answers[::-1])):
             why = f"is about {preview(line['prompt'])}, which is not row {n + 1} of data.path={config.data.path}"
             _refuse_line(
                 config, number, why if line["prompt"] != prompt else f"compares other answers than row {n + 1} has"

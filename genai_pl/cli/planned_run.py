@@ -28,6 +28,7 @@ from genai_pl.modules.preference import PreferenceModule
 from genai_pl.objectives.preference import WITH_REFERENCE
 from genai_pl.planning import cost_model as planning
 from genai_pl.references import folder_of, is_hub_id, resolve
+from genai_pl.strategies.pipeline_stages import LOOPED
 from genai_pl.training.initial_model import check_loaded_model, model_config, new_overrides, routed_config
 from genai_pl.training.length import DEFAULT_PASSES, DEFAULT_STEPS
 from genai_pl.training.report import texts_of_row
@@ -196,7 +197,10 @@ def device_layout(config: DictConfig) -> planning.Layout:
                 f"strategy.data_parallel_size ({data}) x strategy.pipeline_parallel_size ({stages}) must be {n}, the "
                 "number of devices"
             )
-        schedule = {"micro_batches": strategy.microbatches, "gpipe": strategy.schedule == "gpipe"}
+        kind = strategy.schedule
+        loops = strategy.stages_per_rank or 1 + (kind in LOOPED)
+        schedule = {"gpipe": kind == "gpipe", "loops": loops, "zero_bubble": kind == "zero_bubble"}
+        schedule["micro_batches"] = strategy.microbatches
         return planning.Layout(data=data, stages=stages, per_node=per_node, **schedule)
     # DDP, or DeepSpeed's ZeRO stage
     zero = strategy.stage if target == "deepspeed" else 0

@@ -183,7 +183,7 @@ class ServeSchema:
     slots: sequences decoded together. max_length: context in tokens. prefill_chunk: prompt tokens between two steps.
     prefix_cache_mib: of keys and values of earlier requests. cache, cache_ttl (s), cache_mib: of
     finished answers. queue_size, timeout (s), max_*: limits of requests. drain: seconds for running answers at
-    shutdown. adapters_root: folder of adapters to load later. admin_keys, api_keys: files.
+    shutdown. otlp_endpoint: a collector of traces. adapters_root: folder of adapters to load later. admin_keys, api_keys: files.
     """
 
     checkpoint: str = "auto"
@@ -217,6 +217,7 @@ class ServeSchema:
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
     log_format: str = "text"
+    otlp_endpoint: str | None = None
     drain: float = 30.0
     adapters_root: str | None = None
     admin_keys: str | None = None

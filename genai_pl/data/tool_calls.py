@@ -64,10 +64,14 @@ class CallFormat(NamedTuple):
 
 
 def argument_types(tools: Tools) -> dict[str, Mapping[str, object]]:
-    """The JSON schemas of the arguments of each tool, by its name."""
+    """The JSON schemas of the arguments of each tool, by its name; what is no object, where a schema has one, is left out."""
     functions = [tool.get("function", tool) for tool in tools]
-    parameters = {function.get("name"): function.get("parameters") for function in functions}
-    return {name: (schema or {}).get("properties") or {} for name, schema in parameters.items()}
+    properties = {f.get("name"): _object(_object(f.get("parameters")).get("properties")) for f in functions}
+    return {name: {key: _object(schema) for key, schema in found.items()} for name, found in properties.items()}
+
+
+def _object(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def call_format(template: ChatTemplate) -> CallFormat | None:

@@ -8,4 +8,5 @@ __all__ = ["SHIPPED", "Environment", "Messages", "Observation"]
 SHIPPED = {
     "calculator": "genai_pl.environments.calculator:Calculator",
     "guess_number": "genai_pl.environments.guess_number:GuessNumber",
+    "openenv": "genai_pl.environments.openenv:OpenEnv",
 }

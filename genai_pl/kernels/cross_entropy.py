@@ -5,6 +5,9 @@ The loss is a sum over tokens, so the gradient of each chunk is known as soon as
 arrives in the backward pass and scales everything. Products: one for logits and two for gradients, as with autograd.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -32,8 +35,22 @@ class _Options(NamedTuple):
     ignore_index: int
     chunk_tokens: int | None
     with_gradients: bool
+    repeatable: bool
     shard: VocabShard | None
     by_group: GroupSums | None
+
+
+_repeatable: ContextVar[bool] = ContextVar("repeatable", default=False)
+
+
+@contextmanager
+def repeatable_backward() -> Iterator[None]:
+    """Context in which the loss keeps its gradients, for code that runs its backward pass more than once."""
+    token = _repeatable.set(True)
+    try:
+        yield
+    finally:
+        _repeatable.reset(token)
 
 
 @uncompiled("its loop over chunks is as fast in eager mode, and its length depends on the labels")
@@ -71,7 +88,8 @@ def linear_cross_entropy(
     with_gradients = torch.is_grad_enabled()
     weight, bias, shard = local_vocab_shard(weight, bias)
     by_group = by_group and by_group._replace(groups=by_group.groups.reshape(-1))
-    options = _Options(softcap, label_smoothing, z_loss, ignore_index, chunk_tokens, with_gradients, shard, by_group)
+    settings = (softcap, label_smoothing, z_loss, ignore_index, chunk_tokens, with_gradients, _repeatable.get())
+    options = _Options(*settings, shard, by_group)
     hidden = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels.reshape(-1), options)
 
@@ -103,12 +121,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # each process knows the gradient of hidden states through its own words
         if shard is not None and projection.d_hidden is not None:
             shard.sum_(projection.d_hidden)
-        ctx.gradients = projection.gradients()
+        ctx.gradients, ctx.repeatable = projection.gradients(), options.repeatable
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.repeatable:
+            return *(None if gradient is None else gradient * d_total for gradient in ctx.gradients), None, None
         # scaled in place, which spares a second (V, C) and leaves nothing for a second backward
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:

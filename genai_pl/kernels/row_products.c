@@ -12,8 +12,9 @@
 #include <immintrin.h>
 #endif
 
-enum { FLOAT32, BFLOAT16, INT8, INT4 };
-enum { GROUP = 32, BLOCK = 20 }; /* weights of 4 bits that share a scale and a minimum, and their bytes (int4.py) */
+enum { FLOAT32, BFLOAT16, INT8, INT4, NF4 };
+enum { GROUP = 32, BLOCK = 20 };        /* weights of 4 bits that share a scale and a minimum, and their bytes (int4.py) */
+enum { NF4_GROUP = 64, NF4_BLOCK = 36 }; /* those that share a scale (nf4.py) */
 enum { AHEAD = 4096 }; /* bytes between float32 weights that are multiplied and those that are fetched; narrower ones come by themselves */
 enum { SUMS = 2 };     /* running sums of one result: an addition takes four cycles, and two begin in each */
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -37,6 +38,7 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 /* bytes of `n` weights of a row that begins at one of them; those of 4 bits come in whole groups */
 INLINE size_t bytes_of(const int kind, long n) {
     if (kind == INT4) return (size_t)(n + GROUP - 1) / GROUP * BLOCK;
+    if (kind == NF4) return (size_t)(n + NF4_GROUP - 1) / NF4_GROUP * NF4_BLOCK;
     return (size_t)n * (kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1);
 }
 
@@ -81,9 +83,46 @@ INLINE floats load_int4(const char *row, long i) {
 #endif
 }
 
+/* what the 16 codes of NF4 stand for: quantiles of a normal distribution, set once by `set_nf4` */
+static float nf4[16] __attribute__((aligned(64)));
+
+void set_nf4(const float *levels) { memcpy(nf4, levels, sizeof nf4); }
+
+INLINE float nf4_scale(const char *block) {
+    float scale;
+    memcpy(&scale, block, sizeof scale);
+    return scale;
+}
+
+/* LANES weights of NF4 from number i of a row, i a multiple of LANES */
+INLINE floats load_nf4(const char *row, long i) {
+    const char *block = row + i / NF4_GROUP * NF4_BLOCK, *codes = block + 4 + i % NF4_GROUP / 2;
+    const float scale = nf4_scale(block);
+#if defined(__AVX512F__) /* both codes of a byte beside each other; an index is the lower four bits of what it is in */
+    const __m128i both = _mm_loadl_epi64((const __m128i *)codes);
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_srli_epi16(both, 4), both));
+    return (floats)_mm512_permutexvar_ps(index, (__m512)(*(const floats *)nf4 * scale));
+#elif defined(__AVX2__) /* a table of eight for each half of the levels; the fourth bit says which */
+    uint32_t four;
+    memcpy(&four, codes, sizeof four);
+    const __m128i both = _mm_cvtsi32_si128((int)four);
+    const __m256i index = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_srli_epi16(both, 4), both));
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(nf4), index), high = _mm256_permutevar8x32_ps(_mm256_load_ps(nf4 + 8), index);
+    return (floats)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28))) * scale;
+#else
+    floats weight;
+    for (int lane = 0; lane < LANES; lane++) {
+        const uint8_t both = (uint8_t)codes[lane / 2];
+        weight[lane] = nf4[lane % 2 ? both & 15 : both >> 4] * scale;
+    }
+    return weight;
+#endif
+}
+
 /* LANES weights from number i of a row, i a multiple of LANES, as floats; those of 8 bits without their scale */
 INLINE floats load(const int kind, const char *row, long i) {
     if (kind == INT4) return load_int4(row, i);
+    if (kind == NF4) return load_nf4(row, i);
     const char *p = row + bytes_of(kind, i);
     if (kind == FLOAT32) return *(const floats *)p;
     if (kind == BFLOAT16) return (floats)(__builtin_convertvector(*(const halves *)p, words) << 16);
@@ -99,6 +138,11 @@ INLINE float load_one(const int kind, const char *row, long i) {
         ends_of(block, &scale, &minimum);
         const uint8_t both = (uint8_t)block[4 + i % (GROUP / 2)];
         return (float)(i % GROUP < GROUP / 2 ? both & 15 : both >> 4) * scale + minimum;
+    }
+    if (kind == NF4) {
+        const char *block = row + i / NF4_GROUP * NF4_BLOCK;
+        const uint8_t both = (uint8_t)block[4 + i % NF4_GROUP / 2];
+        return nf4[i % 2 ? both & 15 : both >> 4] * nf4_scale(block);
     }
     uint32_t bits = 0; /* little endian: a bfloat16 is the upper half */
     memcpy((char *)&bits + (kind == BFLOAT16 ? 2 : 0), row + bytes_of(kind, i), bytes_of(kind, 1));
@@ -157,7 +201,7 @@ INLINE void tile(const int kind, const float *x, const char *w, long in, const f
         UNROLL for (int q = 0; q < TILE; q++) {
             const char *row = w + q * row_bytes;
             const size_t at = bytes_of(kind, i); /* of the next four channels, into the second cache: */
-            if (kind == INT4 ? i % (2 * GROUP) == 0 : at % 64 == 0) __builtin_prefetch(row + TILE * row_bytes + at, 0, 2);
+            if (kind >= INT4 ? i % (2 * GROUP) == 0 : at % 64 == 0) __builtin_prefetch(row + TILE * row_bytes + at, 0, 2);
             weight[q] = load(kind, row, i);
         }
         UNROLL for (int r = 0; r < TILE; r++) {
@@ -204,6 +248,7 @@ static void some_channels(int kind, const float *x, const char *weight, const fl
     if (kind == FLOAT32) channels(FLOAT32, x, weight, scales, bias, y, n, out, in, first, last);
     else if (kind == BFLOAT16) channels(BFLOAT16, x, weight, scales, bias, y, n, out, in, first, last);
     else if (kind == INT4) channels(INT4, x, weight, scales, bias, y, n, out, in, first, last);
+    else if (kind == NF4) channels(NF4, x, weight, scales, bias, y, n, out, in, first, last);
     else channels(INT8, x, weight, scales, bias, y, n, out, in, first, last);
     if (more)
         for (long row = 0; row < n; row++)
@@ -240,6 +285,7 @@ INLINE void widen_rows(const int kind, const char *weight, const float *scales, 
 void widen(int kind, const char *weight, const float *scales, float *y, long out, long in, int threads) {
     if (kind == BFLOAT16) widen_rows(BFLOAT16, weight, scales, y, out, in, threads);
     else if (kind == INT4) widen_rows(INT4, weight, scales, y, out, in, threads);
+    else if (kind == NF4) widen_rows(NF4, weight, scales, y, out, in, threads);
     else if (kind == INT8) widen_rows(INT8, weight, scales, y, out, in, threads);
 }
 

@@ -27,12 +27,21 @@ from torch import Tensor
 from genai_pl.kernels.cpu_products import bf16_products_pay
 from genai_pl.kernels.int4 import BLOCK, GROUP, from_int4, to_int4
 from genai_pl.kernels.int8 import to_int8
+from genai_pl.kernels.nf4 import GROUP as NF4_GROUP
+from genai_pl.kernels.nf4 import NF4, from_nf4, to_nf4
 
 log = logging.getLogger(__name__)
 
 PRODUCTS = Path(__file__).with_suffix(".c")
 SOURCE = PRODUCTS.with_name("decode_step.c")  # which includes that of the products
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int4: 3}  # as in the source
+Kind = torch.dtype | str  # of weights; torch has no dtype for "nf4"
+KINDS: dict[Kind, int] = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.int8: 2,
+    torch.int4: 3,
+    "nf4": 4,
+}  # as in the source
 FEW = 16  # rows up to which weights are read once; for more, torch's products of matrices are faster
 SMALL = 1 << 16  # weights of a matrix that one thread reads before a second one has begun
 CACHED = 1 << 17  # weights that are widened at a time for a product of many rows
@@ -42,20 +51,26 @@ FLOATS = {"dtype": torch.float32, "device": "cpu"}
 
 
 class RowWeight(NamedTuple):
-    """A weight (out, width) of a dtype: float32, bfloat16, int8 codes with scales (out,), or blocks of int4 (`to_int4`)."""
+    """A weight (out, width) of a dtype: float32, bfloat16, int8 codes with scales (out,), or blocks of int4 or nf4 by row.
+
+    nf4: rows of (out, groups * 36) bytes, which are those of `to_nf4` where 64 divides the width.
+    """
 
     weight: Tensor
-    dtype: torch.dtype
+    dtype: Kind
     width: int
     scales: Tensor | None = None
 
 
-def pack_rows(weight: Tensor, dtype: torch.dtype) -> RowWeight:
+def pack_rows(weight: Tensor, dtype: Kind) -> RowWeight:
     """The weight (out, in) in that dtype, a view if it is already; NotImplementedError without a library."""
     library()
     width = weight.shape[1]
     if dtype is torch.int4:
         return RowWeight(to_int4(weight), dtype, width)
+    if dtype == "nf4":
+        blocks = to_nf4(F.pad(weight.detach().float(), (0, -width % NF4_GROUP)))
+        return RowWeight(blocks.view(len(weight), -1), dtype, width)
     if dtype is torch.int8:
         codes, scales = to_int8(weight)
         return RowWeight(codes.contiguous(), dtype, width, scales)
@@ -79,6 +94,16 @@ def multiply_rows(x: Tensor, packed: RowWeight, bias: Tensor | None = None, more
     threads = torch.get_num_threads() if out * width > SMALL else 1
     addresses = (x.data_ptr(), weight.data_ptr(), address_of(scales), address_of(bias), address_of(more), y.data_ptr())
     library().product(KINDS[dtype], *addresses, n, out, width, threads)
+    return y
+
+
+def widened(packed: RowWeight) -> Tensor:
+    """The weight (out, width) in float32; NotImplementedError without a library."""
+    weight, dtype, width, scales = packed
+    y = torch.empty(len(weight), width, **FLOATS)
+    threads = torch.get_num_threads() if y.numel() > SMALL else 1
+    addresses = weight.data_ptr(), address_of(scales), y.data_ptr()
+    library().widen(KINDS[dtype], *addresses, len(weight), width, threads)
     return y
 
 
@@ -151,22 +176,34 @@ def look_up() -> ctypes.CDLL | str:
     found.decode_step_memory.restype = count
     for function in (found.product, found.widen, found.rms_norm, found.rotate, found.decode_step):
         function.restype = None
+    found.set_nf4.argtypes, found.set_nf4.restype = [pointer], None
+    levels = torch.tensor(NF4, **FLOATS)
+    found.set_nf4(levels.data_ptr())
     x, y = torch.linspace(-1, 1, 5 * 70, **FLOATS).view(5, 70), torch.empty(5, 3, **FLOATS)
     for dtype, kind in KINDS.items():
-        numbers = torch.arange(3 * 70, device="cpu").view(3, 70).sub(100)
-        weight = _sample(3, 70) if dtype is torch.int4 else numbers.to(dtype)
-        values = from_int4(weight, 70) if dtype is torch.int4 else weight
+        weight, values = _sample(dtype, 3, 70)
         found.product(kind, x.data_ptr(), weight.data_ptr(), None, None, None, y.data_ptr(), 5, 3, 70, 1)
         if not torch.allclose(y.double(), x.double() @ values.double().T, rtol=1e-4, atol=1e-3):
             return f"{PRODUCTS.name} multiplies {dtype} wrongly as built here"
     return found
 
 
-def _sample(out: int, width: int) -> Tensor:
-    """Blocks of int4 with all codes, scale 1 and minimum -8."""
-    blocks = torch.arange(out * -(-width // GROUP) * BLOCK, device="cpu").to(torch.uint8).view(out, -1, BLOCK)
-    blocks[..., :4] = torch.tensor([1.0, -8.0], dtype=torch.bfloat16, device="cpu").view(torch.uint8)
-    return blocks.flatten(1)
+def is_built() -> bool:
+    """True if there is a library; a process tries once to build it."""
+    return not isinstance(look_up(), str)
+
+
+def _sample(dtype: Kind, out: int, width: int) -> tuple[Tensor, Tensor]:
+    """A weight as it is stored, and its numbers (out, width)."""
+    numbers = torch.arange(out * width, device="cpu").view(out, width).sub(100)
+    if dtype is torch.int4:  # all codes, with scale 1 and minimum -8
+        blocks = torch.arange(out * -(-width // GROUP) * BLOCK, device="cpu").to(torch.uint8).view(out, -1, BLOCK)
+        blocks[..., :4] = torch.tensor([1.0, -8.0], dtype=torch.bfloat16, device="cpu").view(torch.uint8)
+        return blocks.flatten(1), from_int4(blocks.flatten(1), width)
+    if dtype == "nf4":
+        blocks = to_nf4(F.pad(numbers, (0, -width % NF4_GROUP)))
+        return blocks, from_nf4(blocks, torch.Size((out, blocks.shape[0] // out * NF4_GROUP)))[:, :width]
+    return numbers.to(dtype), numbers.to(dtype)
 
 
 def _build() -> Path:

@@ -64,8 +64,8 @@ class PipelineModel(LanguageModel, Protocol):
     input_modules: Iterable[nn.Module]
     output_modules: Iterable[nn.Module]
 
-    def keep_blocks(self, blocks: range, received: Callable[[], Tensor] | None) -> None:
-        """Compute these blocks only, from now on, on hidden states that `received` returns (None: on embeddings)."""
+    def with_blocks(self, blocks: range, received: Callable[[], Tensor] | None) -> "PipelineModel":
+        """A model of the same modules with these blocks only, on hidden states that `received` returns (None: embeddings)."""
 
 
 @runtime_checkable

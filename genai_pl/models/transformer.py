@@ -7,6 +7,7 @@ configuration decides is decided here once, when the model is built: `forward` n
 
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from functools import partial
 
@@ -161,19 +162,20 @@ class Transformer(nn.Module):
         """The modules after the last block."""
         return [part for part in (self.norm, self.transform, self.lm_head) if part is not None]
 
-    def keep_blocks(self, blocks: range, received: Callable[[], Tensor] | None) -> None:
-        """Compute these blocks only, from now on, in place: a stage of a pipeline.
+    def with_blocks(self, blocks: range, received: Callable[[], Tensor] | None) -> "Transformer":
+        """A model of the same modules that computes these blocks only: a stage of a pipeline.
 
-        `received` returns the hidden states (B, T, C) that enter the first of them; None: the embeddings do. The other
-        blocks, and the last norm if the last block is not among these, pass their input on. Parameters stay.
+        `received` returns the hidden states (B, T, C) that enter the first of them; None: the embeddings do. In place of the
+        other blocks, and of the last norm if the last block is not among these, the input is passed on.
         """
-        for n, block in enumerate(self.blocks):
-            if n not in blocks:
-                block.forward = _pass_on
+        part = copy(self)
+        part._modules = dict(self._modules)  # the copy shares modules, and may leave some out
+        part.blocks = nn.ModuleList(block if n in blocks else PassOn() for n, block in enumerate(self.blocks))
         if len(self.blocks) - 1 not in blocks:
-            self.norm.forward = _pass_on
+            part.norm = PassOn()
         if received is not None:
-            self.embed_inputs = lambda *_, **__: received()
+            part.embed_inputs = lambda *_, **__: received()
+        return part
 
     def to_head(self, hidden: Tensor) -> Tensor:
         """The input of `lm_head`, (..., C or embedding_size), from hidden states (..., C).
@@ -304,9 +306,11 @@ class Transformer(nn.Module):
         return None if table is None else table(positions)
 
 
-def _pass_on(x: Tensor, *_: object, **__: object) -> Tensor:
-    """The input: the forward pass of a block or norm that another stage of a pipeline computes."""
-    return x
+class PassOn(nn.Module):
+    """The input, in place of a block or norm that another stage of a pipeline computes."""
+
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        return x
 
 
 def _window(config: ModelConfig, layer: int) -> int | None:

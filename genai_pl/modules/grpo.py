@@ -7,6 +7,7 @@ are in `objectives/grpo.py`.
 """
 
 import logging
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -114,8 +115,9 @@ class GRPOModule(PolicyGradientModule):
             if not n:  # other ranks sample, and may need this one's weights
                 with self.unsharded_model():
                     continue
-            batch = self.trainer.datamodule.collate([next(rows) for _ in range(n)])
+            batch = self.collate_rows([next(rows) for _ in range(n)])
             more = self.generate_and_score(batch, self.group_size, generator)
+            self.record_scores(batch, more.scores)
             more_equal = equal_groups(more.scores, self.group_size)
             scored, equal = replace_groups(scored, equal, more, more_equal, pad=self.vocabulary.pad)
             scores, n_equal, n_sampled = torch.cat([scores, more.scores]), n_equal + more_equal.sum(), n_sampled + n
@@ -126,12 +128,14 @@ class GRPOModule(PolicyGradientModule):
             "objective/taught_groups": (n_groups - equal.sum(), 1),
         }
 
-    def _further_rows(self):
-        """Training rows in an order drawn by seed, step and rank, without end."""
-        rows, generator = self.trainer.datamodule.train_rows, self.seeded_generator("cpu")
+    def _further_rows(self) -> Iterator[int]:
+        """Numbers of training rows in an order drawn by seed, step and rank, by difficulty under a curriculum, without end."""
+        n, generator = len(self.trainer.datamodule.train_rows), self.seeded_generator("cpu")
         while True:
-            for i in torch.randperm(len(rows), generator=generator).tolist():
-                yield rows[i]
+            order = (
+                torch.randperm(n, generator=generator) if self.curriculum is None else self.curriculum.order(generator)
+            )
+            yield from order.tolist()
 
     def make_experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
         """Advantages (N,) or (N, L) of completions, and log-probabilities under old policy and reference."""
@@ -227,6 +231,6 @@ class GRPOModule(PolicyGradientModule):
         surrogate = SURROGATES[self.kind]
         loss = grpo_loss(logprobs, old_logprobs, advantages, weights, surrogate=surrogate, **self.clip, **kl)
         arguments = (logprobs.detach(), old_logprobs, advantages, mask)
-        metrics = policy_metrics(*arguments, **self.clip)
+        metrics = policy_metrics(logprobs.detach(), old_logprobs, mask)
         metrics["policy/clipfrac"] = clipped_tokens(self.kind, *arguments, **self.clip)
         return loss, metrics | {"loss/policy": surrogate(*arguments, **self.clip).sum()}

@@ -7,7 +7,7 @@ loss.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from genai_pl.errors import ConfigError
 from genai_pl.modules.base import Batch, Metrics
 from genai_pl.modules.columns import Column
+from genai_pl.modules.curriculum import STATE, Curriculum
 from genai_pl.modules.rollout import Experience, Rollout, ScoredRollout, micro_batches, select_rows
 from genai_pl.modules.rollout_module import SHOWN, Means, RolloutModule
 
@@ -26,6 +27,8 @@ class PolicyGradientModule(RolloutModule):
     minibatch_size: completions of one optimizer step, None for all of the rollout
     max_kl: end the passes over a rollout once the policy is this far from the one that generated it, in nats per
         token; None: never
+    curriculum: share of the prompts of a rollout that are drawn by measured difficulty, 0: none. pass_score: least score of a
+        completion that passes
 
     Remaining options are those of `RolloutModule`. Sampling and minibatches depend on the seed, the step and the rank
     alone, so a resumed run draws what the uninterrupted run would have drawn.
@@ -46,9 +49,13 @@ class PolicyGradientModule(RolloutModule):
         epochs: int,
         minibatch_size: int | None,
         max_kl: float | None,
+        curriculum: float = 0.0,
+        pass_score: float = 0.5,
         **options: object,
     ) -> None:
         super().__init__(*args, **options)
+        if not 0 <= curriculum <= 1:
+            raise ConfigError(f"objective.curriculum must be from 0 to 1, the share that is drawn, not {curriculum}")
         for name, value in {"minibatch_size": minibatch_size, "epochs": epochs}.items():
             if value is not None and value < 1:
                 raise ConfigError(f"objective.{name} must be at least 1, not {value}")
@@ -58,7 +65,33 @@ class PolicyGradientModule(RolloutModule):
         self.epochs, self.minibatch_size, self.max_kl = epochs, minibatch_size, max_kl
         if minibatch_size is not None and minibatch_size % self.group_size:
             self.share_prompts = False  # a row, with all its completions, must fall into one minibatch
+        self.curriculum_share, self.pass_score = curriculum, pass_score
+        self.curriculum: Curriculum | None = None  # once the number of prompts is known
+        self._stored_curriculum: dict[str, Tensor] | None = None  # of a checkpoint
         self._rollout_tokens = 0  # of the last rollout: prompts, completions and padding
+
+    def on_fit_start(self) -> None:
+        """Make the curriculum, with what a checkpoint has measured; ConfigError for data whose prompts have no numbers."""
+        super().on_fit_start()
+        data = self.trainer.datamodule
+        if self.curriculum_share and (self.source_names or data.streaming):
+            raise ConfigError(
+                "objective.curriculum measures the prompts of one source: set it to 0 with data.sources or data.streaming"
+            )
+        if self.curriculum_share:
+            options = {"share": self.curriculum_share, "pass_score": self.pass_score}
+            self.curriculum = Curriculum(len(data.train_rows), **options)
+            if self._stored_curriculum:
+                self.curriculum.load_state_dict(self._stored_curriculum)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.curriculum is not None:
+            checkpoint[STATE] = self.curriculum.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._stored_curriculum = checkpoint.get(STATE)
 
     @abstractmethod
     def make_experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
@@ -101,12 +134,17 @@ class PolicyGradientModule(RolloutModule):
         """
         # rollout
         generator = self.seeded_generator(self.device)
+        batch = self._draw_prompts(batch)
         scored = self.generate_and_score(batch, self.group_size, generator)
         of_sources = self.scores_by_source(batch, scored.scores)
+        self.record_scores(batch, scored.scores)
         scored, of_sampling = self.complete_rollout(scored, generator)
         self._rollout_tokens = scored.rollout.batch["input_ids"].numel()
         experience, means = self.make_experience(scored.rollout, scored.scores)
         means |= {f"objective/{name}": mean for name, mean in of_sources.items()} | of_sampling
+        if self.curriculum is not None:
+            means["objective/pass_rate"] = self.curriculum.advance(self._over_ranks, self.device)
+            means["objective/measured_prompts"] = (self.curriculum.tries > 0).sum(), len(self.curriculum.tries)
         self.examples = scored.examples(experience["kl"], SHOWN)
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         # updates; the loops break on all ranks together, as the KL is summed over ranks
@@ -128,6 +166,31 @@ class PolicyGradientModule(RolloutModule):
             metrics |= {"loss": loss / normalizer, "tokens": minibatch["mask"].sum(), "updates": loss.new_ones(())}
             sums = _add_sums(sums, metrics)
         self._keep_means(means, sums)
+
+    def _draw_prompts(self, batch: Batch) -> Batch:
+        """The batch with the share of its prompts that the curriculum draws in the place of others."""
+        if self.curriculum is None:
+            return batch
+        data, ranks = self.trainer.datamodule, {"rank": 0, "num_replicas": 1}
+        if self.trainer.world_size > 1:
+            ranks = self.trainer.strategy.distributed_sampler_kwargs
+        # the rows of all ranks, in the order of the data; draws by seed and step, as those of minibatches
+        rows = torch.zeros(ranks["num_replicas"], data.batch_size, device=self.device)
+        rows[ranks["rank"], : len(batch["rows"])] = batch["rows"].to(rows) + 1
+        rows = self._over_ranks(rows).long().cpu() - 1
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.trainer.global_step)
+        own = self.curriculum.draw(rows.flatten(), generator).view_as(rows)[ranks["rank"]]
+        return self.collate_rows(own[own >= 0].tolist())
+
+    def collate_rows(self, rows: Sequence[int]) -> Batch:
+        """A batch of training rows by number."""
+        data = self.trainer.datamodule
+        return data.collate([{**data.train_rows[row], "key": (0, row)} for row in rows])
+
+    def record_scores(self, batch: Batch, scores: Tensor) -> None:
+        """Count the completions of a batch's prompts for the curriculum."""
+        if self.curriculum is not None:
+            self.curriculum.record(batch["rows"], scores)
 
     def _backward(self, minibatch: Experience, factor: Tensor) -> Metrics:
         """Accumulate the gradient of a minibatch by micro-batches; returns sums over its tokens, and its loss."""

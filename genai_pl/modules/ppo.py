@@ -17,6 +17,7 @@ from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.modules.preference import token_logprobs
 from genai_pl.modules.rollout import Experience, Rollout, gather_tokens
 from genai_pl.modules.rollout_module import Means
+from genai_pl.objectives.grpo import clipped_tokens
 from genai_pl.objectives.ppo import (
     adapt_kl_coef,
     gae,
@@ -164,9 +165,9 @@ class PPOModule(PolicyGradientModule):
         logprobs = gather_tokens(token_logprobs(self.model, minibatch, hidden=hidden), minibatch["token_positions"])
         policy = policy_loss(logprobs, old_logprobs, minibatch["advantages"], mask, clip_range=self.clip_range)
         value = value_loss(values, minibatch["values"], minibatch["returns"], mask, clip_range=self.value_clip_range)
-        metrics = policy_metrics(
-            logprobs.detach(), old_logprobs, minibatch["advantages"], mask, clip_range=self.clip_range
-        )
+        metrics = policy_metrics(logprobs.detach(), old_logprobs, mask)
+        arguments = (logprobs.detach(), old_logprobs, minibatch["advantages"], mask)
+        metrics["policy/clipfrac"] = clipped_tokens("grpo", *arguments, clip_range=self.clip_range)
         metrics |= {"loss/policy": policy.detach(), "loss/value": value.detach()}
         loss = policy + self.value_coef * value
         if self.entropy_coef:

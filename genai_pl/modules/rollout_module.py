@@ -150,25 +150,24 @@ class RolloutModule(BaseModule):
             self.examples = scored_rollout.examples(kl, SHOWN)
         sums = {
             "scores": scored_rollout.scores.nansum(),
-            "scored": (~scored_rollout.scores.isnan()).sum(),
+            "scores/scored": (~scored_rollout.scores.isnan()).sum(),
             "kl": kl.sum(),
             "response_length": rollout.mask.sum(),
             "ended": rollout.ended.sum(),
             "targets": batch["targets"],
         }
-        sums |= {name: values.nansum() for name, values in rollout.metrics.items()}
-        for name, (total, scored) in self.scores_by_source(batch, scored_rollout.scores).items():
-            sums |= {name: total, f"{name}/scored": scored}
+        own = {name: (values.nansum(), (~values.isnan()).sum()) for name, values in rollout.metrics.items()}
+        for name, (total, n) in {**own, **self.scores_by_source(batch, scored_rollout.scores)}.items():
+            sums |= {name: total, f"{name}/scored": n}
         for name, value in sums.items():
             self.val_sums[name] = self.val_sums.get(name, 0) + value.detach().double()
 
     def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
-        """Means over all completions; the score is a mean over those to which a reward applies."""
-        scored = sums.pop("scored").clamp(min=1)
-        names = [name for name in sums if name.startswith("scores/") and not name.endswith("/scored")]
-        of_sources = {name: (sums.pop(name), sums.pop(f"{name}/scored")) for name in names}
-        means = {name: total / count for name, (total, count) in of_sources.items() if count > 0}
-        return {**super().summarize(sums, targets), "scores": sums["scores"] / scored, **means}
+        """Means over all completions; scores and numbers of episodes over those that have one, and left out where none has."""
+        names = [name.removesuffix("/scored") for name in sums if name.endswith("/scored")]
+        own = {name: (sums.pop(name), sums.pop(f"{name}/scored")) for name in names}
+        means = {name: total / count for name, (total, count) in own.items() if count > 0}
+        return {**super().summarize(sums, targets), **means}
 
     def scores_by_source(self, batch: Batch, scores: Tensor) -> Means:
         """The scores of each source of a mixture as sums with counts; scores: (N,), N / B of each prompt of the batch."""

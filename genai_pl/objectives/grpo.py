@@ -255,8 +255,10 @@ def clipped_tokens(
     clip_range: float,
     clip_range_high: float | None = None,
 ) -> Tensor:
-    """How many tokens the clipping of a surrogate, a key of SURROGATES, changes: of CISPO those whose weight it bounds."""
-    log_ratio = logprobs - old_logprobs
+    """How many tokens lose their gradient by the clipping of a surrogate, a key of SURROGATES ("grpo" is that of PPO too): of
+    CISPO, where none does, those whose weight it bounds.
+    """
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0)  # an overflow outside the mask is no ratio
     if kind in ("gspo", "rloo"):
         reduction = "mean" if kind == "gspo" else "sum"
         log_ratio = sequence_log_ratio(logprobs, old_logprobs, mask, reduction=reduction)

@@ -145,22 +145,11 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
 
 @torch.no_grad()
-def policy_metrics(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    clip_range: float,
-    clip_range_high: float | None = None,
-) -> dict[str, Tensor]:
-    """Sums over tokens: KL(old || new) by k3, the ratio, and the number of tokens whose gradient the clipping removes."""
-    ratio = token_ratio(logprobs, old_logprobs, mask)
-    clipped = is_clipped(ratio, advantages, clip_range=clip_range, clip_range_high=clip_range_high)
+def policy_metrics(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Sums over tokens: KL(old || new) by k3, and the ratio. Clipped tokens are `grpo.clipped_tokens`, for every surrogate."""
     return {
         "policy/approxkl": torch.where(mask, kl_estimate(old_logprobs, logprobs, "k3"), 0).sum(),
-        "policy/clipfrac": (mask & clipped).sum(),
-        "policy/ratio": torch.where(mask, ratio, 0).sum(),
+        "policy/ratio": torch.where(mask, token_ratio(logprobs, old_logprobs, mask), 0).sum(),
     }
 
 

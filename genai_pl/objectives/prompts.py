@@ -10,7 +10,8 @@ from genai_pl.objectives.special_tokens import SpecialTokens
 
 
 class PromptCollator(Collator):
-    """input_ids (B, T) padded on the right, the prompts as texts or messages, and the columns of their rows for the reward.
+    """input_ids (B, T) padded on the right, the prompts as texts or messages, the columns of their rows for the reward, and
+    `rows` (B,), their numbers in the data.
 
     max_new_tokens: tokens of a completion, which a row reserves.
     Examples are {"prompt_ids": ids, "prompt": the text or messages, "columns": all columns}.
@@ -37,5 +38,6 @@ class PromptCollator(Collator):
             "prompts": prompts,
             "raw_prompts": [row["prompt"] for row in rows],
             "columns": [row["columns"] for row in rows],
+            "rows": torch.tensor([row["key"][1] if "key" in row else -1 for row in rows]),
             "targets": torch.tensor(float(len(rows))),
         }

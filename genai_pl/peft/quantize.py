@@ -13,56 +13,19 @@ from torch.utils._pytree import tree_map_only
 
 from genai_pl.errors import ConfigError
 from genai_pl.kernels.int8 import from_int8, to_int8
+from genai_pl.kernels.nf4 import GROUP, from_nf4, to_nf4
+from genai_pl.kernels.row_products import FEW, RowWeight, is_built, multiply_rows, widened
 from genai_pl.peft.targets import ALL_LINEAR, ModuleSite, adapter_layers, match, module_sites
 
-BLOCK = 64  # weights that share a scale in nf4
 aten = torch.ops.aten
-
-
-def nf4_levels() -> list[float]:
-    """The 16 values of a 4-bit NormalFloat, rising from -1 to 1: quantiles of a normal distribution, and zero (appendix E).
-
-    Seven values are negative and eight positive; a symmetric choice of 16 values would have no exact zero.
-    """
-    outermost = 1 - (1 / 30 + 1 / 32) / 2  # the probability whose quantile is scaled to 1
-    below, above = (torch.special.ndtri(torch.linspace(outermost, 0.5, n, dtype=torch.float64)) for n in (8, 9))
-    levels = torch.cat([-below, above.flip(0)[1:]])
-    return (levels / levels[-1]).tolist()
-
-
-NF4 = nf4_levels()
-
-
-def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (N / 2,) uint8, two per byte, and scales (N / 64,) float32, the largest magnitude of each block of 64 weights.
-
-    Blocks run over the flattened weight; the last one is padded with zeros.
-    """
-    blocks = F.pad(weight.float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
-    scales = blocks.abs().amax(dim=1)
-    levels = torch.tensor(NF4, device=weight.device)
-    # the nearest level: its index is the number of midpoints below the value
-    between = (levels[1:] + levels[:-1]) / 2
-    codes = torch.bucketize(blocks / scales.clamp_min(torch.finfo().tiny)[:, None], between, out_int32=True)
-    codes = codes.to(torch.uint8).flatten()
-    return codes[::2] << 4 | codes[1::2], scales
-
-
-def from_nf4(codes: Tensor, scales: Tensor, shape: torch.Size) -> Tensor:
-    """The weight in float32, of the given shape. One table look-up decodes both codes of a byte."""
-    levels = torch.tensor(NF4, device=codes.device)
-    pairs = torch.cartesian_prod(levels, levels)  # (256, 2): the two values of each byte
-    values = F.embedding(codes.int(), pairs)  # (N / 2, 2)
-    return (values.view(-1, BLOCK) * scales[:, None]).flatten()[: shape.numel()].view(shape)
-
-
-KINDS = {"nf4": (to_nf4, from_nf4), "int8": (to_int8, from_int8)}
+KINDS = ("nf4", "int8")
 
 
 class Quantized(Tensor):
     """A weight (out, in) held as codes and scales; operations receive the dequantized weight.
 
-    codes, scales: as `to_nf4` and `to_int8` return them. kind: "nf4" or "int8". dtype: of the weight that it stands for.
+    codes, scales: as `to_int8` returns them; for nf4 the blocks of `to_nf4`, which hold both, and no further scales (0,).
+    kind: "nf4" or "int8". dtype: of the weight that it stands for.
     `__torch_dispatch__` handles what must keep the codes (detach, clone, `.to()`, copy_); all else sees `dense()`.
     """
 
@@ -79,8 +42,22 @@ class Quantized(Tensor):
         return f"Quantized({self.kind}, {list(self.shape)}, {self.dtype})"
 
     def dense(self) -> Tensor:
-        """The dequantized weight (out, in) in its dtype."""
-        return KINDS[self.kind][1](self.codes, self.scales, self.shape).to(self.dtype)
+        """The dequantized weight (out, in) in its dtype, by compiled code where there is any; the numbers are the same."""
+        rows = self.by_rows()
+        if rows is not None:
+            return widened(rows).to(self.dtype)
+        if self.kind == "nf4":
+            return from_nf4(self.codes, self.shape).to(self.dtype)
+        return from_int8(self.codes, self.scales, self.shape).to(self.dtype)
+
+    def by_rows(self) -> RowWeight | None:
+        """The same memory for compiled products; None without them, off the CPU, and where blocks of nf4 cross rows."""
+        if torch.compiler.is_compiling() or self.codes.device.type != "cpu" or not is_built():
+            return None
+        out, width = self.shape
+        if self.kind == "int8":
+            return RowWeight(self.codes, torch.int8, width, self.scales)
+        return RowWeight(self.codes.view(out, -1), "nf4", width) if width % GROUP == 0 else None
 
     def each(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> "Quantized":
         """The same weight with `change` applied to codes and scales, to move or copy them for example."""
@@ -122,7 +99,8 @@ class Quantized(Tensor):
 
 def quantized(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Codes and scales of a weight. Quantizing a dequantized weight again gives the same codes, so copies stay exact."""
-    return KINDS[kind][0](weight.dense() if isinstance(weight, Quantized) else weight)
+    weight = (weight.dense() if isinstance(weight, Quantized) else weight).contiguous()
+    return to_int8(weight) if kind == "int8" else (to_nf4(weight), torch.empty(0, device=weight.device))
 
 
 class Product(torch.autograd.Function):
@@ -153,8 +131,17 @@ class QuantizedLinear(nn.Linear):
         self.bias = base.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.by_rows() if self._decodes(x) else None
+        if rows is not None:
+            return multiply_rows(x, rows, self.bias)
         y = Product.apply(x, self.weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _decodes(self, x: Tensor) -> bool:
+        """True for few rows in float32 without gradients: those of a decoding step, which dequantizing would take longest of."""
+        if torch.is_grad_enabled() or x.dtype is not torch.float32 or self.weight.dtype is not torch.float32:
+            return False
+        return x.numel() <= FEW * self.in_features and not torch.is_autocast_enabled(x.device.type)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         # the default swaps the contents of the parameter, which torch refuses once the layer is compiled

@@ -23,6 +23,8 @@ class Layout:
     stages: devices of a pipeline, each of which holds some of the layers
     micro_batches: of a batch, in a pipeline
     gpipe: all forward passes come first; else the schedule is 1F1B
+    loops: stages of each device in an interleaved schedule
+    zero_bubble: gradients of weights fill the waits of that schedule
     sequence: hidden states between attention and MLP are sharded over the devices that share a layer
     zero: what replicas divide: 1 optimizer states, 2 gradients too, 3 weights too
     per_node: devices with fast links to each other
@@ -37,6 +39,8 @@ class Layout:
     stages: int = 1
     micro_batches: int = 1
     gpipe: bool = False
+    loops: int = 1
+    zero_bubble: bool = False
     sequence: bool = False
     zero: int = 0
     per_node: int = 8
@@ -52,9 +56,25 @@ class Layout:
         """Devices that see different tokens, among which ZeRO divides weights, gradients and states."""
         return self.data * self.context
 
-    def in_flight(self, stage: int) -> int:
-        """Micro-batches that a stage holds at once: under 1F1B one per stage from it on (Narayanan et al. 2019)."""
+    def in_flight(self, stage: int) -> float:
+        """Micro-batches that a device holds at once: under 1F1B one per stage from it on (Narayanan et al. 2019).
+
+        Interleaved, 2 (p - 1 - rank) + (v - 1) p + 1 of one of its v stages, as the forward passes before its first
+        backward pass are (Narayanan et al. 2021, section 2.2).
+        """
+        if self.loops > 1:
+            n = 2 * (self.stages - 1 - stage) + (self.loops - 1) * self.stages + 1
+            return min(n / self.loops, self.micro_batches)
         return self.micro_batches if self.gpipe else min(self.stages - stage, self.micro_batches)
+
+    @property
+    def idle(self) -> float:
+        """The time that a pipeline waits as a share of its work: (p - 1) / (m v) (Narayanan et al. 2021, section 2.2).
+
+        Of forward pass, gradient of inputs and gradient of weights, equally long, zero bubble fills two waits out of
+        three (Qi et al. 2024, table 1, ZB-H1).
+        """
+        return (self.stages - 1) / (self.micro_batches * self.loops) / (3 if self.zero_bubble else 1)
 
 
 @dataclass(frozen=True)
@@ -248,7 +268,8 @@ def traffic(
         collectives.append(Traffic("all-to-all of tokens", times * crossing, layout.experts, wide, False))
     if layout.stages > 1:
         wide = layout.devices > layout.per_node
-        collectives.append(Traffic("send of hidden states", 2 * passes * crossing, layout.stages, wide, True))
+        sent = 2 * passes * layout.loops * crossing
+        collectives.append(Traffic("send of hidden states", sent, layout.stages, wide, True))
     return collectives
 
 
@@ -265,10 +286,10 @@ class Time:
 def step_time(machine: Machine, layout: Layout, sent: Iterable[Traffic], *, flops: float) -> Time:
     """The seconds of a step in which every device computes `flops`.
 
-    Traffic of gradients and weights hides behind products, that inside a layer does not. A pipeline of p stages is idle
-    for (p - 1) / m of its work over m micro-batches (Narayanan et al. 2021, section 2.2).
+    Traffic of gradients and weights hides behind products, that inside a layer does not. A pipeline is `idle` for
+    some of it.
     """
-    compute = flops / (machine.flops * machine.efficiency) * (1 + (layout.stages - 1) / layout.micro_batches)
+    compute = flops / (machine.flops * machine.efficiency) * (1 + layout.idle)
     seconds = {t: t.n_bytes / (machine.network if t.across_nodes else machine.link) for t in sent}
     # traffic that overlaps with products, and traffic that delays them
     hidden = sum(s for t, s in seconds.items() if t.hidden)

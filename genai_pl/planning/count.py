@@ -79,10 +79,11 @@ def local_model_config(config: ModelConfig, layout: Layout) -> ModelConfig:
     )
 
 
-def stage_sizes(model: Model, n_stages: int) -> list[tuple[int, int]]:
-    """For each stage of a pipeline its parameters, and how many of them are trained."""
-    holders = parameter_stages(model, n_stages)
-    stage_parameters = [[parameter for parameter, stages in holders.items() if n in stages] for n in range(n_stages)]
+def stage_sizes(model: Model, n_ranks: int, loops: int = 1) -> list[tuple[int, int]]:
+    """For each device of a pipeline the parameters of its stages, and how many of them are trained."""
+    holders = parameter_stages(model, n_ranks * loops)
+    ranks = {parameter: {stage % n_ranks for stage in stages} for parameter, stages in holders.items()}
+    stage_parameters = [[parameter for parameter, held in ranks.items() if n in held] for n in range(n_ranks)]
     return [(sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)) for own in stage_parameters]
 
 

@@ -2,8 +2,8 @@
 
 A request passes from the outside in:
 
-    server.py, worker.py, settings.py, shutdown.py   processes, sockets, signals
-    connections.py, middleware.py, http/bodies.py    limits of connections and bodies, keys, request ids
+    server.py, worker.py, settings.py, shutdown.py   processes, sockets (reuse_port.py), signals
+    connections.py, middleware.py, http/bodies.py    limits of connections and bodies, keys, request ids, traces (tracing.py)
     app.py, http/                                    routes, JSON of requests and answers, event streams
     service.py, tokenize_threads.py, adapters.py     names, tokens, limits and adapters of one model
     answer_streams.py, response_cache.py             answers from the cache

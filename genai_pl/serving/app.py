@@ -25,6 +25,7 @@ from genai_pl.serving.rate_limits import RateLimits
 from genai_pl.serving.service import Service
 from genai_pl.serving.settings import Settings
 from genai_pl.serving.shutdown import stop_in_time
+from genai_pl.serving.tracing import Tracing
 
 MIN_BODY_VALUES = 65_536  # JSON values that a body may always have: parsing them takes some milliseconds
 REFRESH_SECONDS = 1.0  # between two updates of the gauges: queues, memory
@@ -36,12 +37,14 @@ def create_app(
     metrics: Metrics,
     keys: Sequence[str] = (),
     admin_keys: Sequence[str] = (),
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The FastAPI application in front of a model or of another server.
 
     backend: answers the routes; started and stopped with the application
     keys: accepted API keys; without any, requests need none
     admin_keys: accepted keys of the admin routes; without any, or without a folder to load from, there are none
+    tracing: makes a span of each request; closed with the application
 
     Middleware runs outermost first: CORS, then Guard (request id, key, body, metrics), then FastAPI's error handlers.
     """
@@ -72,6 +75,8 @@ def create_app(
             with suppress(asyncio.CancelledError):
                 await task
             await backend.stop()
+            if tracing is not None:
+                await tracing.close()
             undo()
             gc.unfreeze()  # undoes worker.build: libraries check at exit which objects are left
 
@@ -99,7 +104,8 @@ def create_app(
     )
     rates = backend.rates if isinstance(backend, Service) else RateLimits(settings.requests_per_minute, None)
     logs = settings.log_format == "json"
-    app.add_middleware(Guard, metrics=metrics, keys=keys, admin_keys=admin_keys, bodies=bodies, rates=rates, logs=logs)
+    options = {"bodies": bodies, "rates": rates, "logs": logs, "tracing": tracing}
+    app.add_middleware(Guard, metrics=metrics, keys=keys, admin_keys=admin_keys, **options)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -22,6 +22,7 @@ READ_SECONDS = 60.0  # for a client to empty the send buffer, once it is full
 IDLE_SECONDS = 5  # keep-alive: between two requests of a connection
 MAX_CONNECTIONS = 4096
 OWN_FILES = 64  # descriptors for files, Redis and an upstream server
+LAST_SECONDS = 0.5  # after a signal to stop, for a request that is on its way on an idle connection
 AHEAD = 65_536  # bytes of pipelined requests that a connection may send before their turn
 FEED_BYTES = 8192  # that h11 parses at a time: a chunked body may consist of chunks of one byte
 
@@ -61,6 +62,7 @@ class Connection(H11Protocol):
         self.reading: asyncio.TimerHandle | None = None  # closes it if the client does not read
         self.rest = bytearray()  # received, not yet parsed
         self.address = ""  # of the client, version 6 without its last 64 bits
+        self.is_last = False  # the next answer is the connection's last
 
     @property
     def is_waiting(self) -> bool:
@@ -100,6 +102,8 @@ class Connection(H11Protocol):
         data = bytes(self.rest[:FEED_BYTES])
         super().data_received(data)
         del self.rest[:FEED_BYTES]
+        if self.is_last and not self.is_waiting:
+            self.cycle.keep_alive = False
         # a complete head ends its deadline
         if not self.is_waiting:
             self._expect(None)
@@ -129,6 +133,14 @@ class Connection(H11Protocol):
         if unread and not self.transport.is_closing():
             self._expect(HEAD_SECONDS)
         self.waiting_since = time.monotonic()
+
+    def shutdown(self) -> None:
+        """The server stops: answer what runs, and a request that is on its way to an idle connection."""
+        if not self.is_waiting or self.transport.is_closing():
+            super().shutdown()
+            return
+        self.is_last = True
+        self._expect(LAST_SECONDS)
 
     def pause_writing(self) -> None:
         """Start the client's time to read: the send buffer is full."""

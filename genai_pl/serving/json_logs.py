@@ -6,10 +6,11 @@ import sys
 from datetime import datetime, timezone
 
 from genai_pl.serving.errors import REQUEST
+from genai_pl.serving.tracing import TRACE
 
 
 class JsonFormatter(logging.Formatter):
-    """Formatter of lines with the fields time, level, logger, message, request and, where there is one, error.
+    """Formatter of lines with the fields time, level, logger, message, request and, where there are, trace and error.
 
     `extra={"fields": {...}}` of a log call adds fields of its own.
     """
@@ -20,6 +21,8 @@ class JsonFormatter(logging.Formatter):
         line = {"time": time, "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
         if (number := REQUEST.get(None)) is not None:
             line["request"] = number
+        if (trace := TRACE.get()) is not None:
+            line["trace"] = f"{trace.span.get_span_context().trace_id:032x}"
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps({**line, **getattr(record, "fields", {})})

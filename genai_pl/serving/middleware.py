@@ -26,6 +26,7 @@ from genai_pl.serving.fair_queue import CLIENT, network
 from genai_pl.serving.http.bodies import RESERVED_BYTES, Bodies
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.rate_limits import RateLimits
+from genai_pl.serving.tracing import Tracing
 
 OWN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")  # ids of clients: nothing that could forge a line of the log
 access = logging.getLogger("genai_pl.access")
@@ -43,6 +44,7 @@ class Guard:
     bodies: limits of request bodies, which are read completely before the application starts
     rates: limits of requests and tokens a minute, which requests that ask for work (POST) are counted by
     logs: a line in the log for each request
+    tracing: makes a span of each request, None for none
 
     Each request gets an id (`x-request-id`, the client's own if it sends one, and REQUEST for the log) and a client (CLIENT),
     whose turns it takes: the hash of its key, else its address.
@@ -58,11 +60,12 @@ class Guard:
         rates: RateLimits,
         admin_keys: Sequence[str] = (),
         logs: bool = False,
+        tracing: Tracing | None = None,
     ) -> None:
         self.app = app
         self.metrics = metrics
         self.keys, self.admin_keys = ([key.encode() for key in each] for each in (keys, admin_keys))
-        self.bodies, self.rates, self.logs = bodies, rates, logs
+        self.bodies, self.rates, self.logs, self.tracing = bodies, rates, logs, tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,6 +79,7 @@ class Guard:
         RESERVED_BYTES.set([])
         adapters = InUse()
         IN_USE.set(adapters)
+        trace = None if self.tracing is None else self.tracing.begin(scope, number)
         start, status = time.perf_counter(), 0
 
         async def counted(message: Message) -> None:
@@ -106,6 +110,8 @@ class Guard:
             adapters.release()
             seconds = time.perf_counter() - start
             self.metrics.answered(route_name(scope), status or CLIENT_GONE, seconds)
+            if trace is not None:
+                self.tracing.end(trace, route_name(scope), status or CLIENT_GONE)
             if self.logs:
                 fields = {"method": scope["method"], "route": route_name(scope), "status": status or CLIENT_GONE}
                 access.info("request", extra={"fields": {**fields, "seconds": round(seconds, 4)}})

@@ -38,6 +38,7 @@ from genai_pl.serving.rate_limits import RateLimits
 from genai_pl.serving.response_cache import Cache, make_cache, model_hash
 from genai_pl.serving.settings import Settings
 from genai_pl.serving.tokenize_threads import TokenizeThreads, encode_plain
+from genai_pl.serving.tracing import note_answer
 
 CPU_CHUNK, GPU_CHUNK = 128, 512  # prompt tokens between two decode steps
 MIN_TOKEN_CHARACTERS = 32  # characters of one token, at least, in the check of prompts before tokenizing
@@ -250,6 +251,7 @@ class Service:
                 stream = await self._submit_off_loop(request)
         except QueueFull as busy:
             raise too_busy(busy.retry_after) from None
+        note_answer(stream, len(request.input_ids))
         return stream if key is None else RecordingStream(stream, partial(self.cache.set, key))
 
     async def _submit_off_loop(self, request: Request) -> TokenStream:

@@ -73,6 +73,7 @@ class Settings:
     device, dtype: where and in which of DTYPES the weights are
     requests_per_minute, tokens_per_minute: of each client, None for no limit
     log_format: text, or json for one object a line, with a line for each request
+    otlp_endpoint: URL of an OpenTelemetry collector that gets traces, None for none
     adapters_root, admin_keys: folder below which adapters may be loaded while the server runs, file with keys for that
     api_keys: file with accepted keys; cors_origins: web origins that may call the API
     drain: seconds that running requests have after SIGTERM
@@ -102,6 +103,7 @@ class Settings:
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
     log_format: str = "text"
+    otlp_endpoint: str | None = field(default=None, repr=False)
     adapters_root: str | None = None
     admin_keys: str | None = None
     api_keys: str | None = None
@@ -143,6 +145,8 @@ class Settings:
             raise ConfigError("tokens_per_minute: backend=openai does not count tokens; set requests_per_minute")
         if self.log_format not in ("text", "json"):
             raise ConfigError(f"log_format={self.log_format} is not one of text, json")
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(f"otlp_endpoint={redact(self.otlp_endpoint)} is not http://HOST:4318")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port={self.port} must lie between 0 and 65535")
 

@@ -21,6 +21,7 @@ from genai_pl.serving.log_limits import limit_repeated_lines
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.service import Service, open_service
 from genai_pl.serving.settings import FOLDER, VARIABLE, Settings, read_admin_keys, read_keys
+from genai_pl.serving.tracing import open_tracing
 
 
 def build(settings: Settings) -> tuple[Service | Upstream, FastAPI]:
@@ -31,10 +32,11 @@ def build(settings: Settings) -> tuple[Service | Upstream, FastAPI]:
     metrics = Metrics()
     keys = read_keys(settings.api_keys)
     admin_keys = read_admin_keys(settings, keys)
+    tracing = open_tracing(settings.otlp_endpoint)
     backend = Upstream(settings, metrics) if settings.backend == "openai" else open_service(settings, metrics)
     gc.collect()
     gc.freeze()  # model and libraries stay: without this each full collection scans them for up to a second
-    return backend, create_app(backend, settings, metrics, keys, admin_keys)
+    return backend, create_app(backend, settings, metrics, keys, admin_keys, tracing)
 
 
 def create() -> FastAPI:
@@ -84,6 +86,8 @@ def description(backend: Service | Upstream, settings: Settings) -> str:
     # in front of either
     lines["workers"] = f"{settings.workers}"
     lines["cache"] = redact(settings.cache or "none")
+    if settings.otlp_endpoint is not None:
+        lines["traces"] = f"to {redact(settings.otlp_endpoint)}"
     lines["keys"] = "asked for" if read_keys(settings.api_keys) else "none asked for"
     lines["try"] = curl(backend, address)
     return "\n".join(f"{name:<12}{value}" for name, value in lines.items())

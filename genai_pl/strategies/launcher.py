@@ -25,9 +25,11 @@ import torch.distributed as dist
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from genai_pl import signals
+from genai_pl.errors import TrainingError
 
 MARK = "GENAI_PL_LAUNCHER"  # environment variable with the process id of the first process, for those that it starts
 VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+CLOSED = re.compile(r"[Cc]onnection (closed|reset)|Broken pipe")  # by another process that has ended
 LOST = re.compile(r"[Cc]onnection (closed|reset)|Broken pipe|peer")  # in messages of gloo and NCCL
 PERIOD, GRACE = 0.5, 5.0  # seconds between two looks at the others, and to report one's own error
 
@@ -202,6 +204,8 @@ def launched(trainer: L.Trainer) -> Iterator[None]:
         memory = isinstance(error, torch.OutOfMemoryError)
         if signum is not None and isinstance(error, RuntimeError) and not memory and trainer.world_size > 1:
             raise signals.Stopped(signum) from None  # another process has ended by the signal, and no longer answers
+        if isinstance(error, RuntimeError) and CLOSED.search(str(error)) and trainer.world_size > 1:
+            raise TrainingError("another process of the run was lost; all end here, at the last checkpoint") from None
         raise
     if dist.is_initialized():
         dist.destroy_process_group()

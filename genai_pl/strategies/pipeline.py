@@ -20,17 +20,28 @@ from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models.transformer import Transformer
 from genai_pl.modules.base import BaseModule, Batch, global_norm
 from genai_pl.modules.token_prediction import TokenModule
-from genai_pl.strategies.pipeline_stages import SCHEDULES, Pipeline, Stage, free_storage, parameter_stages
+from genai_pl.strategies.pipeline_stages import (
+    LOOPED,
+    SCHEDULES,
+    Pipeline,
+    Stage,
+    free_storage,
+    micro_batches_of,
+    parameter_stages,
+)
 from genai_pl.strategies.sharded import ShardedStrategy
 
 
 class PipelineStrategy(ShardedStrategy):
     """The blocks of a model divided among ranks (GPipe: Huang et al. 2019; 1F1B: Narayanan et al. 2019).
 
-    schedule: gpipe (all forward passes first) or 1f1b (a backward pass as soon as possible, fewer activations)
+    schedule: gpipe (all forward passes first), 1f1b (a backward pass as soon as possible, fewer activations), or with several
+        stages on each rank interleaved (1F1B, shorter waits: Narayanan et al. 2021) and zero_bubble (gradients of weights
+        fill the waits: Qi et al. 2024)
     microbatches: parts of a batch; data.batch_size must be a multiple
     data_parallel_size: pipelines that see different batches
-    pipeline_parallel_size: stages of a pipeline; None: what data_parallel_size leaves of the ranks
+    pipeline_parallel_size: ranks of a pipeline; None: what data_parallel_size leaves of the ranks
+    stages_per_rank: of the last two schedules; None: 2 for them, 1 for others
 
     The ranks of a pipeline receive the same batch. A checkpoint is that of one process: a run resumes with any number
     of ranks.
@@ -45,20 +56,26 @@ class PipelineStrategy(ShardedStrategy):
         microbatches: int = 4,
         data_parallel_size: int | None = 1,
         pipeline_parallel_size: int | None = None,
+        stages_per_rank: int | None = None,
     ) -> None:
         if schedule not in SCHEDULES:
             raise ConfigError(f"strategy.schedule={schedule}: {' or '.join(SCHEDULES)}")
+        looped = schedule in LOOPED
+        if stages_per_rank is not None and (stages_per_rank < 1 or (stages_per_rank > 1) != looped):
+            fit = "2 or more" if looped else "1"
+            raise ConfigError(f"strategy.stages_per_rank={stages_per_rank}: {fit} under strategy.schedule={schedule}")
         if microbatches < 1:
             raise ConfigError(f"strategy.microbatches={microbatches}: at least 1")
         super().__init__(data_parallel_size=data_parallel_size, tensor_parallel_size=pipeline_parallel_size)
         self.schedule, self.micro_batches = schedule, microbatches
+        self.stages_per_rank = stages_per_rank or 1 + looped
         self._stages_of: dict[nn.Parameter, tuple[int, ...]] = {}
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}  # of stages that hold the same parameter
         self._batch: Batch = {}
 
     @property
     def stage(self) -> int:
-        """The stage of this rank in its pipeline, from 0."""
+        """The number of this rank in its pipeline, which is that of its first stage."""
         return self.global_rank % self.sizes[1]
 
     def check(self, module: BaseModule, *, rows: int) -> None:
@@ -73,10 +90,15 @@ class PipelineStrategy(ShardedStrategy):
                 f"strategy.microbatches ({self.micro_batches}) must be at least strategy.pipeline_parallel_size "
                 f"({self.sizes[1]}) under schedule=1f1b"
             )
+        if self.schedule in LOOPED and micro_batches_of(rows, self.micro_batches, self.sizes[1]) != self.micro_batches:
+            raise ConfigError(
+                f"strategy.microbatches ({self.micro_batches}) must be a multiple of strategy.pipeline_parallel_size "
+                f"({self.sizes[1]}) under schedule={self.schedule}"
+            )
 
     def _check_model(self, module: BaseModule) -> None:
         """ConfigError for an objective, model, adapter or precision that a pipeline cannot train."""
-        model, stages, instead = module.model, self.sizes[1], "use strategy=fsdp here"
+        model, stages, instead = module.model, self.sizes[1] * self.stages_per_rank, "use strategy=fsdp here"
         if not isinstance(module, TokenModule) or not module.divisible:
             raise ConfigError(f"strategy=pipeline is for clm, sft, fim, prefix_lm and mlm; {instead}")
         if not isinstance(model, Transformer) or model.config.position is Position.xl:
@@ -87,7 +109,7 @@ class PipelineStrategy(ShardedStrategy):
         if model.config.share_layers or model.config.n_layer < stages:
             raise ConfigError(
                 f"model.n_layer ({model.config.n_layer}, share_layers={model.config.share_layers}): strategy=pipeline "
-                f"needs layers of their own for each of {stages} processes"
+                f"needs layers of their own for each of {stages} stages"
             )
         if model.config.n_experts:
             raise ConfigError(
@@ -102,9 +124,11 @@ class PipelineStrategy(ShardedStrategy):
 
     def _split(self, module: L.LightningModule) -> None:
         """Keep the parameters and blocks of this stage, in place; a collective, as it creates process groups."""
-        # free the parameters of other stages
-        n_stages, stage = self.sizes[1], self.stage
-        self._stages_of = parameter_stages(module.model, n_stages)
+        # free the parameters of other ranks' stages
+        n_ranks, stage = self.sizes[1], self.stage
+        n_stages = n_ranks * self.stages_per_rank
+        holders = parameter_stages(module.model, n_stages).items()
+        self._stages_of = {p: tuple(sorted({index % n_ranks for index in stages})) for p, stages in holders}
         for parameter, stages in self._stages_of.items():
             if stage not in stages:
                 free_storage(parameter, parameter.device)
@@ -116,9 +140,13 @@ class PipelineStrategy(ShardedStrategy):
         self._cpu_group = self._group_of_this_rank(pipelines, backend="gloo")
         torch.manual_seed(torch.initial_seed() + stage)  # dropout differs from block to block
         group = self.device_mesh["tensor_parallel"].get_group()
-        # the schedule of this stage
-        part = Stage(module, stage, n_stages, self.precision_plugin.forward_context)
-        self._pipeline = Pipeline(part, stage, group, schedule=self.schedule, micro_batches=self.micro_batches)
+        # the schedule of this rank's stages
+        options = {
+            "precision": self.precision_plugin.forward_context,
+            "splits_backward": self.schedule == "zero_bubble",
+        }
+        parts = [Stage(module, index, n_stages, **options) for index in range(stage, n_stages, n_ranks)]
+        self._pipeline = Pipeline(parts, group, schedule=self.schedule, micro_batches=self.micro_batches)
         module.global_norm = self._global_norm
 
     def _group_of_this_rank(self, groups: list[list[int]], **options: str) -> dist.ProcessGroup | None:

@@ -120,9 +120,11 @@ class ShardedStrategy(ModelParallelStrategy):
                 f"strategy.data_parallel_size ({max(1, data // context)}){of_context} x strategy.{self.shared_size} "
                 f"({shared}) must be the number of processes, trainer.devices x trainer.num_nodes ({n_processes})"
             )
+        if shared > 1 and any(isinstance(layer, QuantizedLinear) for layer in module.model.modules()):
+            raise ConfigError(
+                "peft.quantize: a quantized base cannot be divided by layer; use trainer=fsdp or trainer=ddp"
+            )
         self._check_model(module)
-        if any(isinstance(layer, QuantizedLinear) for layer in module.model.modules()):
-            raise ConfigError("peft.quantize: a quantized base cannot be sharded; use trainer=ddp")
 
     def _check_model(self, module: L.LightningModule) -> None:
         """ConfigError for sizes and models that sharding or tensor parallelism cannot take."""
@@ -228,12 +230,16 @@ class ShardedStrategy(ModelParallelStrategy):
         # inputs keep their dtype: positions in bfloat16 would be rounded
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         options, block_policy, ignored = {"mesh": mesh}, policy, []
+        # quantized weights are frozen, an eighth of their size, and dequantized by row: every rank holds them
+        quantized = [module.weight for module in model.modules() if isinstance(module, QuantizedLinear)]
         if self.precision_plugin.precision == "bf16-mixed":
             # norms, biases and routers stay unsharded: gathered with the rest of a block they would be rounded, and norms
             # compute in the dtype of their weight, while a rounded router sends tokens elsewhere
             routers = {module.weight for module in model.modules() if isinstance(module, Router)}
             ignored = [parameter for parameter in model.parameters() if parameter.ndim < 2 or parameter in routers]
-            options["ignored_params"], block_policy = set(ignored), replace(policy, param_dtype=torch.bfloat16)
+            block_policy = replace(policy, param_dtype=torch.bfloat16)
+        ignored += quantized
+        options["ignored_params"] = set(ignored)
         if self.cpu_offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
         if self.expert_parallel_size > 1:

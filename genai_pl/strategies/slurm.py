@@ -16,7 +16,7 @@ from lightning.fabric.plugins.environments import (
 )
 
 from genai_pl.errors import ConfigError
-from genai_pl.ranks import TASKS, started_by_srun
+from genai_pl.ranks import TASKS, started_by_srun, started_by_torch
 
 PORTS = range(12_000, 32_000)  # free on most machines: system services are below, ports that Linux hands out above
 
@@ -70,20 +70,21 @@ class SlurmTasks(ClusterEnvironment):
 
 
 def choose_environment() -> ClusterEnvironment:
-    """Lightning's view of who has started the processes: torchrun, srun, or nobody, so that this process starts them."""
-    if TorchElasticEnvironment.detect():
+    """Lightning's view of who has started the processes: torchrun, Ray, srun, or nobody, so that this process starts them."""
+    if started_by_torch():
         return TorchElasticEnvironment()
     return SlurmTasks() if SlurmTasks.detect() else LightningEnvironment()
 
 
 def started_devices(options: Mapping[str, object]) -> dict[str, int]:
-    """`devices` and `num_nodes` of Lightning's Trainer where torchrun or srun has started the processes; {} otherwise.
+    """`devices` and `num_nodes` of Lightning's Trainer where torchrun, Ray or srun has started the processes; {} otherwise.
 
     options: of the group `trainer`. ConfigError where they ask for other numbers than srun was given, and for several nodes in
     a job of Slurm without srun.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
+    if started_by_torch():
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return {"devices": local, "num_nodes": int(os.environ["WORLD_SIZE"]) // local}
     devices, nodes = options["devices"], options["num_nodes"]
     if not started_by_srun():
         if "SLURM_JOB_ID" in os.environ and nodes > 1 and "NODE_RANK" not in os.environ:

@@ -6,6 +6,7 @@ by a written principle and revise it; first and last answer are a preference pai
 judge is a local model, a reward model, or an endpoint of OpenAI's chat completions.
 """
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -50,19 +51,33 @@ class Writer(Protocol):
     def preference(self, prompt: str, options: Sequence[str]) -> list[float]: ...
 
 
-def as_text(prompt: str | Messages) -> str:
-    r"""A prompt as text for a judge: a lone user message is its content, a conversation is one `role: content` line
-    per message.
+def as_text(value: str | Messages) -> str:
+    r"""A prompt or answer as text for a judge: a lone message of the user or assistant is its content, a conversation is one
+    `role: content` line per message, with a line for each call of a tool.
 
     >>> as_text([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
     'user: Hi\nassistant: Hello'
+    >>> as_text([{"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}])
+    'assistant calls add({"a": 1})'
     """
-    if not isinstance(prompt, str) and len(prompt) == 1 and prompt[0]["role"] == "user":
-        return prompt[0]["content"]
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    if isinstance(value, str):
+        return value
+    if len(value) == 1 and value[0]["role"] in ("user", "assistant") and not value[0].get("tool_calls"):
+        return value[0].get("content") or ""
+    return "\n".join(line for message in value for line in _lines_of(message))
 
 
-def compare(judge: Writer, prompt: str | Messages, first: str, second: str, *, rubric: str) -> dict[str, object]:
+def _lines_of(message: Mapping[str, object]) -> list[str]:
+    """What a message says, and the calls in it."""
+    said = [f"{message['role']}: {message['content']}"] if message.get("content") else []
+    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    written = [(call["name"], json.dumps(call.get("arguments"), ensure_ascii=False)) for call in calls]
+    return said + [f"{message['role']} calls {name}({arguments})" for name, arguments in written]
+
+
+def compare(
+    judge: Writer, prompt: str | Messages, first: str | Messages, second: str | Messages, *, rubric: str
+) -> dict[str, object]:
     """Row of a preference data set: the better and the worse answer, by a judge that read them in both orders.
 
     margin: difference of the two probabilities, 0 to 1. position_bias: how far the first place alone raised a
@@ -81,11 +96,13 @@ def compare(judge: Writer, prompt: str | Messages, first: str, second: str, *, r
     }
 
 
-def _probability_of_a(judge: Writer, prompt: str | Messages, first: str, second: str, rubric: str) -> float:
+def _probability_of_a(
+    judge: Writer, prompt: str | Messages, first: str | Messages, second: str | Messages, rubric: str
+) -> float:
     """Probability that the judge names the answer shown first, of the two letters alone (softmax over " A" and "
     B").
     """
-    question = COMPARISON.format(rubric=rubric, prompt=as_text(prompt), first=first, second=second)
+    question = COMPARISON.format(rubric=rubric, prompt=as_text(prompt), first=as_text(first), second=as_text(second))
     a, b = judge.preference(question, [" A", " B"])
     top = max(a, b)
     a, b = math.exp(a - top), math.exp(b - top)
@@ -119,13 +136,15 @@ def preference_for(judge: Writer | Judge, prompt: str | Messages, first: str, se
     return (forward + 1 - _probability_of_a(judge, prompt, second, first, rubric)) / 2
 
 
-def compare_scores(judge: Judge, prompt: str | Messages, first: str, second: str) -> dict[str, object]:
+def compare_scores(
+    judge: Judge, prompt: str | Messages, first: str | Messages, second: str | Messages, tools: object = None
+) -> dict[str, object]:
     """Row of a preference data set, by a reward model, which reads each answer alone and so has no position bias.
 
-    margin: difference of the probabilities of the Bradley-Terry model, tanh of half the score difference
-    (Bradley and Terry 1952).
+    tools: cell of the data's column. margin: difference of the probabilities of the Bradley-Terry model, tanh of half the
+    score difference (Bradley and Terry 1952).
     """
-    a, b = judge([prompt, prompt], [first, second])
+    a, b = judge([prompt, prompt], [first, second], None if tools is None else [tools, tools])
     chosen, rejected = (first, second) if a >= b else (second, first)
     margin = math.tanh(abs(a - b) / 2)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin, "position_bias": 0.0}

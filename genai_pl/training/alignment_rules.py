@@ -66,6 +66,11 @@ ALIGNMENT_RULES = (
         "the environment gives the rewards",
     ),
     Rule(
+        ("objective.pass_score",),
+        all_hold(objective_is("GRPOModule", "PPOModule"), is_one_of("objective.curriculum", 0, 0.0)),
+        "objective.curriculum=0: no pass rates are measured",
+    ),
+    Rule(
         ("objective.kl_horizon",),
         all_hold(objective_is("PPOModule"), is_one_of("objective.kl_target", None)),
         "objective.kl_target=null: kl_coef stays as it is",

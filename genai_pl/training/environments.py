@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from genai_pl.environments import SHIPPED
-from genai_pl.errors import ConfigError
+from genai_pl.errors import ConfigError, UserError
 from genai_pl.training.named_objects import named_object
 
 HOW = f"name a class as module:Class or file.py:Class, or {' or '.join(SHIPPED)}"
@@ -26,6 +26,8 @@ def load_environment(name: str, arguments: Mapping[str, object]) -> Callable[[],
     # one is made here: mistakes show before the run begins
     try:
         environment = make(**arguments)
+    except UserError:  # an error of ours says it all
+        raise
     except Exception as error:  # of a user's constructor
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"objective.environment_args: {name} takes {_arguments(make)} ({reason})") from None

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, open_dict
 from genai_pl.atomic_io import is_checkpoint
 from genai_pl.errors import TrainingError, UserError
 from genai_pl.signals import end_at_once
-from genai_pl.training.hydra_job import job_command
+from genai_pl.training.hydra_job import job_command, resume_arguments
 from genai_pl.training.sweeps import read_results
 from genai_pl.training.trust import key_of
 
@@ -99,10 +99,11 @@ class JobLauncher(Launcher):
         unfinished = [str(folder) for folder, result in zip(folders, results, strict=True) if result is None]
         searches = not self.config.hydra.sweeper._target_.endswith(".BasicSweeper")
         if unfinished and not searches:
-            again = shlex.quote(f"resume={Path(self.config.hydra.sweep.dir)}")
+            sweep = Path(self.config.hydra.sweep.dir)
+            again = shlex.join([*resume_arguments(sweep), f"resume={sweep}"])
             raise TrainingError(
                 f"{len(unfinished)} of {len(folders)} jobs have not finished: {', '.join(unfinished)}; "
-                f"their train.log says why, python train.py -m {again} continues them"
+                f"their train.log says why, python train.py {again} continues them"
             )
         name = self.config.optimized_metric
         return [

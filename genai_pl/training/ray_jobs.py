@@ -36,7 +36,9 @@ class RayLauncher(JobLauncher):
             import ray
         except ImportError:
             raise ConfigError("hydra/launcher=ray: not installed; pip install 'ray[default]'") from None
-        ray.init(address=self.address, ignore_reinit_error=True, log_to_driver=False)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
+        # without an address Ray would take the cluster that RAY_ADDRESS or this node knows
+        ray.init(address=self.address or "local", include_dashboard=False, log_to_driver=False)
         try:
             task = ray.remote(num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_retries=ATTEMPTS)(run_command)
             print(f"ray         {len(jobs)} jobs, output in ray-N.log in {sweep}", flush=True)

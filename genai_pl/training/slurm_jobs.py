@@ -4,6 +4,7 @@ A job whose node is lost, that is preempted, or at the end of its time, is reque
 accounting: the queue says what runs, the folders of jobs say what they came to.
 """
 
+import re
 import shlex
 import subprocess
 import time
@@ -48,6 +49,9 @@ class SlurmLauncher(JobLauncher):
 
     def __init__(self, options: Mapping[str, object], at_once: int | None) -> None:
         self.options, self.at_once = dict(options), at_once
+        for name, value in self.options.items():
+            if not (re.fullmatch(r"[\w-]+", name) and str(value).isprintable()):
+                raise ConfigError(f"hydra.launcher.options.{name}={value!r}: no option of sbatch in one line")
         for name in OWN:
             if self.options.get(name) is not None:
                 raise ConfigError(f"hydra.launcher.options.{name}: set by the launcher; leave it out")
@@ -74,7 +78,7 @@ def batch_script(jobs: list[Job], sweep: Path, options: Mapping[str, object], *,
     """The batch script of an array of jobs. options: of sbatch; null leaves one out, true needs no value."""
     array = ",".join(str(job.number) for job in jobs) + (f"%{at_once}" if at_once else "")
     given = {name: value for name, value in options.items() if value is not None}
-    lines = [f"#SBATCH --{name}" + ("" if value is True else f"={value}") for name, value in given.items()]
+    lines = ["#SBATCH " + shlex.quote(f"--{k}" + ("" if v is True else f"={v}")) for k, v in given.items()]
     cases = [f"{job.number}) command=({shlex.join(job.command)}) ;;" for job in jobs]
     values = {"array": array, "output": shlex.quote(f"{sweep}/slurm-%a.log"), "options": "\n".join(lines)}
     return HEAD.format(cases="\n".join(cases), **values) + TAIL

@@ -44,6 +44,7 @@ from genai_pl.training.length import (
     warmup_of,
 )
 from genai_pl.training.output_folders import register_early_output
+from genai_pl.training.pipeline_rules import check_schedule
 from genai_pl.training.precision import Precision
 from genai_pl.training.run_report import SAMPLES
 from genai_pl.training.targets import instantiate
@@ -273,6 +274,7 @@ def prepare_strategy(config: DictConfig, run: Run) -> None:
     strategy.connect(run.module)
     if isinstance(strategy, ShardedStrategy):
         strategy.check(run.module, rows=run.data.batch_size)
+        check_schedule(config)
     if config.trainer.optimizer_in_backward:
         check_in_backward(config, run)
         run.module.step_in_backward()

@@ -10,6 +10,8 @@ import pytest
 
 from genai_pl.training.ai_feedback import compare, critique, remote_writer
 from tests.conftest import TINY
+from tests.serving.servers import write_model
+from tests.serving.test_tools import TEMPLATE
 
 
 class LongerIsBetter:
@@ -151,6 +153,44 @@ def test_a_mistake_is_one_line(arguments: tuple[str, ...], message: str, command
     assert result.err.count("\n") == 1
 
 
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]}
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+def test_answers_with_calls_are_compared_and_train_a_policy(command, tmp_path: Path) -> None:
+    """Twice: by a judge that reads them as text, and by a reward model that reads them in its template."""
+    chosen = [CALL, {"role": "tool", "content": "4"}, {"role": "assistant", "content": "It is 4."}]
+    rejected = [{"role": "assistant", "content": "It is 5."}]
+    prompt = [{"role": "user", "content": "2+2?"}]
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": [TOOL]}
+    (tmp_path / "prompts.jsonl").write_text(lines(*[row] * 4))
+    judge = LongerIsBetter()
+    compared = compare(judge, prompt, chosen, rejected, rubric="")
+    assert (
+        'Answer A: assistant calls add({"a": 2})\ntool: 4\nassistant: It is 4.\n\nAnswer B: It is 5.' in judge.asked[0]
+    )
+    assert compared["chosen"] == chosen
+    base = write_model(tmp_path / "base", template=False, max_seq_len=512)
+    (base / "chat_template.jinja").write_text(TEMPLATE)
+    own = [option for option in TINY if not option.startswith(("model", "tokenizer", "trainer.max_steps"))]
+    tiny = (*own, "init_from=base", "trainer.max_steps=1", "data.path=prompts.jsonl")
+    trained = command("train", "objective=reward", *tiny, "hydra.run.dir=judge")
+    assert trained.status == 0, trained.err
+    arguments = ("feedback", "judge=judge", "data.path=prompts.jsonl", "out=pairs.jsonl")
+    assert command(*arguments, "limit=2").status == 0
+    labelled = command(*arguments)
+    assert labelled.status == 0, labelled.err
+    for line in rows(tmp_path / "pairs.jsonl"):
+        assert line["tools"] == [TOOL]
+        assert rejected in (line["chosen"], line["rejected"])
+        assert any(len(line[name]) == 3 and "tool_calls" in line[name][0] for name in ("chosen", "rejected"))
+    result = command("train", "objective=dpo", *tiny[:-1], "data.path=pairs.jsonl")
+    assert result.status == 0, result.err
+
+
 PAIRS = [{"prompt": f"p{i}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(3)]
 LABEL = {"row": 0, "prompt": "p0", "chosen": "a0", "rejected": "b0", "margin": 1.0, "position_bias": 0.0}
 REVISED = {"row": 0, "prompt": "p0", "completion": "a", "chosen": "a", "rejected": "b", "record": []}
@@ -251,10 +291,12 @@ def test_answers_given_as_messages_are_judged(endpoint: str, command, tmp_path: 
     longer = [{"prompt": "p", "chosen": talk("p", "a", "q", "r"), "rejected": talk("p", "b")}]
     (tmp_path / "longer.jsonl").write_text(lines(*longer))
     result = command(*arguments[:-1], "data.path=longer.jsonl", "out=other.jsonl")
-    assert "row 1: column 'chosen': a judge compares single answers: give a text, or one message of" in result.err
-    (tmp_path / "asked.jsonl").write_text(lines({"prompt": talk("p", "a", "q"), "chosen": "a", "rejected": "b"}))
-    result = command(*arguments[:-1], "data.path=asked.jsonl", "out=other.jsonl")
-    assert "row 1: column 'prompt': a judge is asked about one request: give a text, or one message of" in result.err
+    assert result.status == 0, result.err
+    (line,) = rows(tmp_path / "other.jsonl")
+    assert sorted([line["chosen"], line["rejected"]], key=len) == [talk("p", "b")[1:], talk("p", "a", "q", "r")[1:]]
+    (tmp_path / "asked.jsonl").write_text(lines({"prompt": talk("p", "a"), "chosen": "a", "rejected": "b"}))
+    result = command(*arguments[:-1], "data.path=asked.jsonl", "out=third.jsonl")
+    assert "row 1: column 'prompt': ends with the assistant; a judge is asked about what follows" in result.err
     assert result.err.count("\n") == 1
 
 

@@ -2,7 +2,7 @@
 
     python tests/cluster/preemptions.py 20
 
-Three kinds take turns: `scontrol requeue`, a job of a partition with priority, and the end of the time limit.
+Three kinds take turns: `scontrol requeue`, a job of a partition with priority, and SIGUSR1 as at the end of the time limit.
 """
 
 import random
@@ -19,7 +19,7 @@ from tests.cluster.runs import OPTIONS, SCRIPT, environment, here, prepare, torc
 from tests.cluster.slurm import Cluster, field, running, wait_until
 from tests.strategies.processes import assert_equal_to_the_last_bit, table
 
-KINDS = ("requeue", "priority", "time", *("requeue", "priority") * 4)  # time takes a minute
+KINDS = ("requeue", "priority", "time")
 
 
 def restarts(cluster: Cluster, job: str) -> int:
@@ -36,13 +36,13 @@ def preempt(cluster: Cluster, job: str, kind: str, folder: Path) -> None:
         needs = ("--partition=high", "--nodes=2", "--ntasks-per-node=2", "--output=/dev/null", "--time=1")
         cluster.submit(*needs, "--wrap=sleep 1", cwd=folder)
     else:
-        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-    wait_until(lambda: restarts(cluster, job) > before, f"{kind} of job {job}", seconds=150)
+        cluster.run("scancel", "--signal=USR1", job)
+    wait_until(lambda: restarts(cluster, job) > before, f"{kind} of job {job}", seconds=900)
 
 
 def length(times: int) -> int:
-    """Steps of a run that is preempted so often and has not ended before; until its time is over it makes many."""
-    return 30 * times + 250 * [KINDS[n % len(KINDS)] for n in range(times)].count("time")
+    """Steps of a run that is preempted so often and has not ended before."""
+    return 20 * times
 
 
 def last_step(run: Path) -> int:
@@ -57,7 +57,6 @@ def preempted(cluster: Cluster, folder: Path, *, times: int, steps: int, seed: i
     """The folder of a run of so many steps that was preempted so often, and the steps at which it was."""
     draw, run, at = random.Random(seed), folder / "preempted", []
     job = cluster.submit(
-        "--signal=USR1@15",
         str(here(SCRIPT, folder)),
         *OPTIONS,
         f"trainer.max_steps={steps}",
@@ -66,13 +65,13 @@ def preempted(cluster: Cluster, folder: Path, *, times: int, steps: int, seed: i
     )
     for n in range(times):
         reached = last_step(run)
-        wanted = reached + draw.randint(1, 15)
-        wait_until(lambda wanted=wanted: last_step(run) >= wanted, f"step {wanted}", seconds=240)
+        wanted = reached + draw.randint(1, 6)
+        wait_until(lambda wanted=wanted: last_step(run) >= wanted, f"step {wanted}", seconds=900)
         at.append(last_step(run))
         kind = KINDS[n % len(KINDS)]
         preempt(cluster, job, kind, folder)
         print(f"{n + 1:3d}  {kind:10}at step {at[-1]}, went on from {last_step(run)}", flush=True)
-    state = cluster.wait(job, seconds=600)
+    state = cluster.wait(job, seconds=1800)
     log = (folder / f"slurm-{job}.log").read_text(encoding="utf-8")
     assert state == "COMPLETED", log
     assert "Traceback" not in log, log

@@ -2,12 +2,14 @@
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.cluster.slurm import Cluster
 from tests.conftest import ROOT
-from tests.strategies.processes import write_documents
+from tests.strategies.processes import assert_equal_to_the_last_bit, write_documents
 
 OPTIONS = (
     *("model.n_layer=2", "model.n_embd=32", "model.max_seq_len=32", "model.dropout=0.1", "tokenizer=byte"),
@@ -46,8 +48,63 @@ def here(script: Path, folder: Path) -> Path:
     return copied
 
 
+PLAIN = {  # variables of a training outside of Slurm; Ray waits until it has started on a busy machine
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def run(folder: Path, *command: str) -> str:
+    """What a command prints; it must succeed."""
+    done = subprocess.run(command, cwd=folder, env=PLAIN, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
 def torchrun(folder: Path, *arguments: str) -> str:
     """What two processes of torchrun print."""
-    launch = (TRAIN[0], "-m", "torch.distributed.run", "--nproc-per-node=2", TRAIN[1])
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return Cluster(folder / "none").run(*launch, *arguments, cwd=folder, env=variables)
+    return run(folder, TRAIN[0], "-m", "torch.distributed.run", "--nproc-per-node=2", TRAIN[1], *arguments)
+
+
+class Sweep(NamedTuple):
+    """A sweep of eight jobs: its folder, and the process that launches it."""
+
+    path: Path
+    process: subprocess.Popen
+
+    def saved(self) -> list[int]:
+        """Numbers of the jobs that have a checkpoint."""
+        return [n for n in range(8) if any((self.path / str(n) / "checkpoints").glob("step=*.ckpt"))]
+
+    def finished(self) -> list[int]:
+        """Numbers of the jobs that have results."""
+        return [n for n in range(8) if (self.path / str(n) / "results.json").exists()]
+
+    def check(self, expected: Path) -> None:
+        """All jobs have ended, at least one of them continued a run, and each has the numbers of an undisturbed one."""
+        out, _ = self.process.communicate(timeout=1800)
+        assert self.process.returncode == 0, out
+        logs = [(self.path / str(n) / "train.log").read_text(encoding="utf-8") for n in range(8)]
+        assert any("resuming " in log for log in logs)
+        for n in range(8):
+            assert_equal_to_the_last_bit(self.path / str(n), expected / str(n))
+
+
+def sweep(name: str, folder: Path, environment: dict[str, str], *launcher: str, python: str = sys.executable) -> Sweep:
+    """A sweep of eight jobs, which is going on."""
+    grid = ("optimizer.lr=1e-3,3e-3", "seed=1,2,3,4", "trainer.max_steps=60", "callbacks.checkpoint.every_n_steps=5")
+    command = [python, TRAIN[1], "-m", *OPTIONS, "strategy=auto", *grid, *launcher, f"hydra.sweep.dir={name}"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return Sweep(folder / name, subprocess.Popen(command, cwd=folder, env=environment, **streams))
+
+
+def undisturbed_sweep(folder: Path) -> Path:
+    """The folder of the same sweep, one job after the other."""
+    if not (folder / "undisturbed-sweep").exists():
+        done = sweep("undisturbed-sweep", folder, PLAIN)
+        out, _ = done.process.communicate(timeout=1800)
+        assert done.process.returncode == 0, out
+    return folder / "undisturbed-sweep"

@@ -76,6 +76,7 @@ class Cluster:
 
     def __init__(self, folder: Path, *, nodes: tuple[str, ...] = NODES, cpus: int = 2, timeout: int = 10) -> None:
         self.folder, self.nodes, self.cpus, self.timeout = folder.absolute(), nodes, cpus, timeout
+        self.daemons: dict[str, subprocess.Popen] = {}  # that this process has started
         self.environment = {
             **{
                 name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SRUN_", "SBATCH_"))
@@ -127,6 +128,7 @@ class Cluster:
         steps = {pid for pid in steps if "slurmstepd" in command_of(pid)}
         for pid in [*self._daemon_pids(name), *steps, *tasks]:
             kill(pid)
+        self._forget(name)
 
     def stop(self) -> None:
         """Cancel all jobs, end all daemons, remove the folder."""
@@ -139,6 +141,7 @@ class Cluster:
         for name in ("slurmctld", "munged"):
             for pid in self._daemon_pids(name):
                 kill(pid)
+            self._forget(name)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, *command: str, check: bool = True, **options: object) -> str:
@@ -170,6 +173,7 @@ class Cluster:
             streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
             path = shutil.which(program, path=PATH)
             process = subprocess.Popen([path, *arguments], env=self.environment, start_new_session=True, **streams)
+        self.daemons[log or program] = process
         (self.folder / f"{log or program}.id").write_text(str(process.pid), encoding="utf-8")
 
     def _daemon_pids(self, name: str) -> list[int]:
@@ -177,6 +181,11 @@ class Cluster:
         file = self.folder / f"{name}.id"
         pid = int(file.read_text(encoding="utf-8")) if file.exists() else 0
         return [pid] if pid and str(self.folder) in command_of(pid) else []
+
+    def _forget(self, name: str) -> None:
+        """Wait for a daemon that this process has started and killed."""
+        if process := self.daemons.pop(name, None):
+            process.wait()
 
     def _owns(self, pid: int) -> bool:
         """Whether a process belongs to a job of this cluster, not to one of another on the same machine."""
@@ -236,11 +245,9 @@ def _read(pid: int, name: str) -> str:
 
 
 def kill(pid: int) -> None:
-    """SIGKILL, unless the process has gone; a child of this process is waited for."""
+    """SIGKILL, unless the process has gone."""
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    with suppress(ChildProcessError):
-        os.waitpid(pid, 0)
 
 
 @contextmanager

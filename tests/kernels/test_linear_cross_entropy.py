@@ -6,6 +6,7 @@ from torch import Tensor
 
 from genai_pl.kernels import GroupSums, linear_cross_entropy
 from genai_pl.kernels.chunked_logits import tokens_at_once
+from genai_pl.kernels.cross_entropy import repeatable_backward
 
 N, C, V = 23, 8, 37
 
@@ -226,3 +227,15 @@ def test_a_compiled_step_calls_it_between_its_graphs():
 
     ours = torch.compile(step, backend="aot_eager")(hidden)
     assert_same(ours, full_logits(hidden * 2, weight, labels) / N, [hidden, weight])
+
+
+def test_a_repeatable_backward_gives_the_gradients_of_inputs_and_then_of_weights() -> None:
+    hidden, weight = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 7))
+    labels = torch.tensor([1, 2, -100, 6, 0])
+    with repeatable_backward():
+        loss = linear_cross_entropy(hidden, weight, labels)
+    (first,) = torch.autograd.grad(loss, hidden, torch.tensor(2.0, dtype=torch.float64), retain_graph=True)
+    (second,) = torch.autograd.grad(loss, weight, torch.tensor(2.0, dtype=torch.float64))
+    (2 * F.cross_entropy(hidden @ weight.t(), labels, reduction="sum")).backward()
+    torch.testing.assert_close(first, hidden.grad)
+    torch.testing.assert_close(second, weight.grad)

@@ -11,17 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genai_pl.kernels import packed_product, row_products
-from genai_pl.kernels.row_products import FEW, KINDS, multiply_rows, pack_rows, rms_norm_rows, rotate_rows
+from genai_pl.kernels.nf4 import NF4
+from genai_pl.kernels.row_products import (
+    FEW,
+    KINDS,
+    Kind,
+    is_built,
+    multiply_rows,
+    pack_rows,
+    rms_norm_rows,
+    rotate_rows,
+    widened,
+)
 from genai_pl.models.positions import rotary, rotate
-
-
-def is_built() -> bool:
-    try:
-        row_products.library()
-    except NotImplementedError:
-        return False
-    return True
-
 
 built = pytest.mark.skipif(not is_built(), reason="no C compiler here")
 
@@ -43,6 +45,8 @@ def dense(packed: row_products.RowWeight) -> Tensor:
     weight, dtype, width, scales = packed
     if dtype is torch.int4:
         return written_out(weight, width)
+    if dtype == "nf4":
+        return nf4_written_out(weight, width)
     return weight.double() if scales is None else weight.double() * scales.double()[:, None]
 
 
@@ -59,11 +63,30 @@ def written_out(blocks: Tensor, width: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
+def nf4_written_out(blocks: Tensor, width: int) -> Tensor:
+    """The same for blocks of nf4 (`nf4.py`)."""
+    rows = []
+    for row in blocks.numpy():
+        values = []
+        for block in row.reshape(-1, 36):
+            [scale] = struct.unpack("<f", block[:4].tobytes())
+            values += [NF4[code] * scale for byte in block[4:].tolist() for code in (byte >> 4, byte & 15)]
+        rows.append(values[:width])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@built
+@pytest.mark.parametrize("dtype", [kind for kind in KINDS if kind is not torch.float32])
+def test_widened_rows_are_the_numbers(dtype: Kind) -> None:
+    packed = pack_rows(inputs(9, 100), dtype)
+    torch.testing.assert_close(widened(packed).double(), dense(packed), rtol=2e-7, atol=0)
+
+
 @built
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 17])
 @pytest.mark.parametrize("width", [1, 31, 64, 100])
-def test_products_equal_float64(dtype: torch.dtype, rows: int, width: int) -> None:
+def test_products_equal_float64(dtype: Kind, rows: int, width: int) -> None:
     packed = pack_rows(inputs(7, width), dtype)
     x, bias, more = inputs(1, rows, width, seed=1), inputs(7, seed=2), inputs(1, rows, 7, seed=3)
     expected = x.double() @ dense(packed).T + bias + more
@@ -74,7 +97,7 @@ def test_products_equal_float64(dtype: torch.dtype, rows: int, width: int) -> No
 @built
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("rows", [1, 7])
-def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, rows: int) -> None:
+def test_the_number_of_threads_changes_no_bit(dtype: Kind, rows: int) -> None:
     packed, x = pack_rows(inputs(301, 320), dtype), inputs(rows, 320, seed=1)
     expected = multiply_rows(x, packed)
     before = torch.get_num_threads()

@@ -62,8 +62,10 @@ def test_a_model_that_keeps_some_blocks_computes_what_they_make_of_the_hidden_st
     for block in whole.blocks:
         block.register_forward_hook(lambda _, args, y: states.append(y))
     whole.features(ids)
-    model.keep_blocks(range(1, 2), lambda: states[0])
-    assert torch.equal(model.features(ids), states[1])
+    part = model.with_blocks(range(1, 2), lambda: states[0])
+    assert torch.equal(part.features(ids), states[1])
+    assert part.blocks[1] is model.blocks[1]
+    assert torch.equal(model.features(ids), whole.features(ids))  # which stays whole
 
 
 def test_parts_of_blocks_name_the_linear_layers_that_tensor_parallelism_divides() -> None:

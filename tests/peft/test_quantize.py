@@ -10,10 +10,11 @@ from peft_models import KINDS, build, frozen, logits_of, tokens, train
 from torch import nn
 
 from genai_pl.errors import ConfigError
+from genai_pl.kernels.nf4 import NF4, from_nf4
 from genai_pl.loading import load
 from genai_pl.models import n_parameters
 from genai_pl.peft import adapters_disabled, adapters_of, load_adapter, lora, merge, save_adapter
-from genai_pl.peft.quantize import NF4, Quantized, QuantizedLinear, dequantize, quantize
+from genai_pl.peft.quantize import Quantized, QuantizedLinear, dequantize, quantize
 from tests.conftest import TINY, some
 
 PAPER = [  # appendix E
@@ -72,13 +73,69 @@ def test_a_layer_can_be_copied_moved_and_cast_and_keeps_no_dense_weight_for_the_
     assert torch.equal(copy.deepcopy(quantized).weight.dense(), quantized.weight.dense())
     half = copy.deepcopy(quantized).bfloat16()
     assert isinstance(half.weight, Quantized)
-    assert half.weight.scales.dtype == torch.float32
+    assert half.weight.codes.dtype == torch.uint8
     assert torch.equal(half.weight.dense(), quantized.weight.dense().bfloat16())
     assert copy.deepcopy(quantized).to("meta").weight.codes.is_meta
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         quantized(torch.randn(2, 3, 512, requires_grad=True)).sum().backward()
     assert sum(kept) < base.weight.numel()
+
+
+# weight (2, 64), its largest magnitudes, and what bitsandbytes 0.50.2 makes of it on a CPU: quantize_nf4 and dequantize_nf4
+BNB_CODES = (
+    "79dfe30ea1f0f1ae03efd979dfe30ea1f0f1ae02efda8adfe21e91f0f18e12df"
+    "ebacefd11e71f0f26f11cfedcdefb12f43e1e34f20affedeff803f25d1d62f50"
+)
+BNB_SCALES = [0.4999879002571106, 2.999786615371704]
+BNB_NUMBERS = [
+    [0.0, 0.08046315610408783, 0.28130170702934265, 0.4999879002571106, 0.36146965622901917, -0.19745396077632904,
+     -0.4999879002571106, 0.36146965622901917],
+    [2.1687161922454834, 1.0136736631393433, 0.7382844090461731, 1.3220354318618774, 2.1687161922454834, 2.999786615371704,
+     1.6877309083938599, -2.0884299278259277],
+]  # fmt: skip
+WAVE = torch.sin(torch.arange(128.0) ** 2 / 7).view(2, 64) * torch.tensor([[0.5], [3.0]])
+
+
+def test_codes_and_numbers_are_those_of_bitsandbytes():
+    base = nn.Linear(64, 2, bias=False)
+    base.weight.data = WAVE.clone()
+    weight = QuantizedLinear(base, "nf4").weight
+    assert bytes(weight.codes[:, 4:].flatten().tolist()).hex() == BNB_CODES
+    torch.testing.assert_close(
+        weight.codes[:, :4].view(torch.float32).flatten(), torch.tensor(BNB_SCALES), rtol=0, atol=0
+    )
+    torch.testing.assert_close(weight.dense()[:, :8], torch.tensor(BNB_NUMBERS), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_few_rows_without_gradients_are_the_dense_product(kind: str, rows: int):
+    quantized, _ = layer(kind)
+    x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(rows))
+    expected = x.double() @ quantized.weight.dense().double().T + quantized.bias.double()
+    with torch.no_grad():
+        torch.testing.assert_close(quantized(x).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_without_a_compiler_the_numbers_are_the_same(kind: str, monkeypatch: pytest.MonkeyPatch):
+    quantized, _ = layer(kind)
+    x = torch.randn(2, 512)
+    with torch.no_grad():
+        compiled, dense = quantized(x), quantized.weight.dense()
+        monkeypatch.setitem(Quantized.by_rows.__globals__, "is_built", lambda: False)
+        torch.testing.assert_close(quantized(x), compiled, rtol=1e-5, atol=1e-6)
+    assert torch.equal(quantized.weight.dense(), dense)
+
+
+def test_blocks_that_cross_rows_are_dequantized():
+    quantized, _ = layer("nf4", 4, 48)
+    x = torch.randn(2, 48)
+    assert quantized.weight.by_rows() is None
+    weight = from_nf4(quantized.weight.codes, torch.Size((4, 48)))
+    with torch.no_grad():
+        torch.testing.assert_close(quantized(x), x @ weight.T + quantized.bias)
 
 
 @pytest.mark.parametrize("options", [{}, {"dora": True}, {"init": "pissa"}, {"target_modules": "all-linear"}], ids=str)

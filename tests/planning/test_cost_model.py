@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from genai_pl.errors import ConfigError
-from genai_pl.kernels.mask import EVERYTHING
 from genai_pl.models import Decoder, ModelConfig, build_model, n_parameters
 from genai_pl.optim import muon
 from genai_pl.peft import lora
@@ -13,7 +12,6 @@ from genai_pl.planning.cost_model import Layout, Machine, Share, loss_bytes, mem
 from genai_pl.planning.count import (
     activation_bytes,
     fake_tensors,
-    keep_exact,
     largest_part,
     local_model_config,
     moments,
@@ -225,44 +223,6 @@ def test_pieces_of_sequences_leave_less_to_each_device():
                 )
         statistics = B * T * 4 * (H / n + 2 * 2 / n_shards)
         assert sizes[1] - sizes[0] == pytest.approx(expected * B * T * C + statistics, rel=0.02)
-
-
-def test_a_device_that_computes_some_tokens_of_a_row_keeps_the_keys_and_values_of_all() -> None:
-    # all but gathered keys and values is of T / n tokens; in float32: 2 K D numbers of 4 bytes for a token and layer
-    B, T, n, kv, C = 2, 64, 4, 2 * 2 * 16 * 4, 64
-    config = ModelConfig(**{**LLAMA, "n_layer": 2, "max_seq_len": T})
-    with fake_tensors(torch.float32):
-        alone, divided = (
-            activation_bytes(Decoder(config), rows=B, seq_len=T, **PLAIN | {"fused": True}, context=context)
-            for context in (1, n)
-        )
-    gathered, gradients = 2 * B * T * kv * (1 - 1 / n), 2 * B * T * kv
-    joined = 2 * B * T / n * C * 4  # of the two chunks of queries
-    assert divided == pytest.approx(alone / n + gathered + gradients + joined, rel=0.01)
-
-
-def test_keys_and_values_travel_once_each_way_and_weights_are_sharded_over_devices_that_divide_rows() -> None:
-    # a ring of n sends (n - 1) / n of what it gathers or scatters; forward again where a block is recomputed
-    share = Share(weights=1000, trained=1000, largest=1, compute_bytes=2)
-    sizes = {"tokens": 512, "n_layer": 3, "n_embd": 64, "passes": 5, "kv_width": 2 * 2 * 16}
-    layout = Layout(data=2, context=4, zero=3)
-    for recomputed, times in ((0.0, 2), (1.0, 3)):
-        *weights, keys = traffic(share, layout, **sizes, recomputed=recomputed)
-        assert keys.n_bytes == 5 * 3 * times * 3 / 4 * (4 * 512) * (2 * 2 * 16) * 2
-        assert [sent.group for sent in (*weights, keys)] == [8, 8, 4]
-    assert (layout.devices, layout.shards) == (8, 8)
-    assert memory(share, layout, activations=0, loss=0).optimizer == 1000 * 8 / 8
-
-
-def test_fsdp_gathers_matrices_of_blocks_in_the_dtype_of_products_and_keeps_the_rest_exact() -> None:
-    with fake_tensors(torch.bfloat16):
-        model = Decoder(ModelConfig(**LLAMA))
-        keep_exact(model)
-        kinds = {name: p.dtype for name, p in model.named_parameters()}
-        hidden = model.blocks[0](model.embed(torch.zeros(1, 4, dtype=torch.long)), EVERYTHING)
-    rounded = {name for name, dtype in kinds.items() if dtype == torch.bfloat16}
-    assert rounded == {name for name in kinds if name.startswith("blocks.") and "norm" not in name}
-    assert hidden.dtype == torch.float32
 
 
 def test_a_stage_holds_its_blocks_and_what_lies_at_its_end():

@@ -44,3 +44,17 @@ def test_paths_metrics_and_options_of_the_files_exist() -> None:
     command = next(line for line in text.splitlines() if line.startswith("ExecStart="))
     names = [word.split("=")[0] for word in command.removeprefix("ExecStart=").split() if "=" in word]
     assert set(names) <= set(Settings.__dataclass_fields__)
+
+
+def test_the_manifests_have_the_fields_of_the_kubernetes_api() -> None:
+    """By the API's own schemas (strict: a field that they do not have is a mistake), of the oldest and newest version at hand."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="needs pip install kubernetes-validate")
+
+    documents = list(yaml.safe_load_all((DEPLOY / "kubernetes" / "genai_pl.yaml").read_text()))
+    for version in ("1.27", "1.34"):
+        for document in documents:
+            assert kubernetes_validate.validate(document, version, strict=True) == version
+    # and the schemas are really asked
+    documents[0]["spec"]["template"]["spec"]["containers"][0]["resource"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError, match="resource"):
+        kubernetes_validate.validate(documents[0], "1.34", strict=True)

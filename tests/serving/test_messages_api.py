@@ -76,6 +76,25 @@ def test_a_message_is_the_models_answer_whole_and_in_a_stream(served, tiny: Path
     assert (final.usage.input_tokens, final.usage.output_tokens) == (len(ids), 8)
 
 
+def test_tokens_of_the_prefix_cache_are_told_apart(folder: Path) -> None:
+    options = {"model": "thinker", "max_tokens": 4, "messages": ASKED}
+    with serving(make_service(folder, cache=None)) as client:
+        ai = anthropic.Anthropic(base_url=str(client.base_url), api_key="none", max_retries=0)
+        total = ai.messages.count_tokens(model="thinker", messages=ASKED).input_tokens
+        first = ai.messages.create(**options).usage
+        assert (first.input_tokens, first.cache_read_input_tokens) == (total, 0)
+        again = ai.messages.create(**options).usage
+        with ai.messages.stream(**options) as stream:
+            streamed = stream.get_final_message().usage
+        for usage in (again, streamed):  # all whole blocks but the last token, which must be read for its logits
+            assert usage.cache_read_input_tokens == (total - 1) // 16 * 16 > 0
+            assert usage.input_tokens + usage.cache_read_input_tokens == total
+        # OpenAI counts them as part of the prompt
+        response = client.post("/v1/responses", json={"input": ASKED, "max_output_tokens": 2, "temperature": 0}).json()
+        assert response["usage"]["input_tokens"] == total
+        assert response["usage"]["input_tokens_details"] == {"cached_tokens": again.cache_read_input_tokens}
+
+
 def test_a_stop_sequence_is_named(served) -> None:
     options = {"model": "tiny", "max_tokens": 8, "messages": ASKED}
     text = served.messages.create(**options).content[0].text

@@ -88,6 +88,81 @@ def test_a_stream_is_stopped(page, tiny: Path) -> None:
         assert page.is_enabled("#send")
 
 
+def test_an_answer_is_generated_again_and_a_question_changed(page, tmp_path: Path) -> None:
+    service = make_service(write_model(tmp_path / "tiny", max_seq_len=512), cache=None)
+    service.engine = FakeEngine(["yes"])
+
+    def prompt() -> str:
+        return bytes(token for token in service.engine.requests[-1].input_ids if token < 256).decode()
+
+    def turns() -> list[str]:
+        return page.locator(".turn").all_inner_texts()
+
+    with serving(service) as client:
+        page.goto(str(client.base_url))
+        page.wait_for_selector("#model option", state="attached")
+        assert page.is_disabled("#again")
+        for n, text in enumerate(("First?", "Second?")):
+            say(page, text)
+            page.locator(".note").nth(n).wait_for()
+        # the last answer again: the same conversation is asked, and shown once
+        asked = prompt()
+        page.click("#again")
+        assert eventually(lambda: page.locator(".note").count() == 2 and page.is_enabled("#again"))
+        assert len(service.engine.requests) == 3
+        assert prompt() == asked
+        assert turns() == ["First?", "yes", "Second?", "yes"]
+        # the first question changed, by keyboard: what followed it is gone; Escape would have left all as it was
+        page.get_by_role("button", name="Edit: First?").press("Enter")
+        assert page.input_value("#input") == "First?"
+        page.press("#input", "Escape")
+        assert page.locator(".edited").count() == 0
+        page.get_by_role("button", name="Edit: First?").press("Enter")
+        say(page, "Third?")
+        assert eventually(lambda: page.locator(".note").count() == 1 and page.is_enabled("#again"))
+        assert turns() == ["Third?", "yes"]
+        assert "Third?" in prompt()
+        assert not {"First?", "Second?"} & set(prompt().replace("?", "? ").split())
+
+
+def test_a_new_conversation_ends_the_answer_that_runs(page, tmp_path: Path) -> None:
+    service = make_service(write_model(tmp_path / "tiny", max_seq_len=512), cache=None)
+    service.engine = FakeEngine(["for ", "ever "], None)
+    with serving(service) as client:
+        page.goto(str(client.base_url))
+        page.wait_for_selector("#model option", state="attached")
+        say(page, "Go on")
+        page.locator(".turn.assistant", has_text="for ever").wait_for()
+        page.click("#clear")
+        assert eventually(service.engine.streams[0].cancelled.is_set)
+        page.wait_for_selector("#send:enabled")
+        assert page.locator(".turn, .note").count() == 0
+        assert page.is_disabled("#again")
+        service.engine.make = lambda: FakeStream(["yes"], "stop")
+        say(page, "Anew")
+        page.wait_for_selector(".note")
+        assert page.inner_text(".turn.assistant") == "yes"
+
+
+def test_controls_have_names_and_turns_tell_who_speaks(page, tiny: Path) -> None:
+    service = make_service(tiny, cache=None)
+    service.engine = FakeEngine(["yes"])
+    with serving(service) as client:
+        page.goto(str(client.base_url))
+        page.wait_for_selector("#model option", state="attached")
+        names = ("model", "as", "tools", "temperature", "tokens", "key", "message", "New", "Send", "Stop", "Regenerate")
+        tree = page.locator("body").aria_snapshot()
+        assert all(f'"{name}"' in tree for name in names), tree
+        say(page, "Well?")
+        page.wait_for_selector(".note")
+        tree = page.locator("#log").aria_snapshot()
+        for part in ('log "conversation"', 'article "you"', 'article "assistant"', 'button "Edit: Well?"'):
+            assert part in tree, tree
+        # nothing is wider than a phone
+        page.set_viewport_size({"width": 360, "height": 640})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
 def test_what_goes_wrong_is_shown_and_keys_are_sent(page, tiny: Path) -> None:
     service = make_service(tiny, cache=None)
     service.engine = FakeEngine(["yes"], "deadline")

@@ -40,8 +40,8 @@ class Server:
     def printed(self) -> str:
         return self.log.read_text()
 
-    def wait_for(self, url: str) -> str:
-        assert eventually(lambda: self.process.poll() is not None or is_ready(url), seconds=90), self.printed
+    def wait_for(self, url: str, seconds: float = 90) -> str:
+        assert eventually(lambda: self.process.poll() is not None or is_ready(url), seconds=seconds), self.printed
         assert self.process.poll() is None, self.printed
         return url
 
@@ -97,6 +97,16 @@ def test_a_server_says_what_it_serves_and_finishes_its_streams_when_it_is_stoppe
         assert [line for line in lines if line][-1] == "data: [DONE]"
     assert server.process.wait(60) == 0
     assert "Traceback" not in server.printed
+    assert re.search(r"stopped     after [3-9]\d* requests\n$", server.printed), server.printed
+
+
+def test_after_ctrl_c_the_last_line_tells_how_many_requests_there_were(start, tiny: Path) -> None:
+    server = start(*SERVE, f"checkpoint={tiny}", "port=0")
+    assert eventually(lambda: "try " in server.printed or server.process.poll() is not None, seconds=90), server.printed
+    assert httpx.get(re.search(r"http://127.0.0.1:\d+", server.printed)[0] + "/health").status_code == 200
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(60) == 130
+    assert server.printed.splitlines()[-1] == "stopped     after 1 request"
 
 
 @pytest.mark.slow
@@ -129,6 +139,7 @@ def test_workers_share_a_port_and_their_numbers_and_a_dead_one_is_replaced(start
     assert counted() == 25
     assert server.printed.count("serving     tiny") == 1
     assert server.stop() == 0
+    assert int(re.search(r"stopped     after (\d+) requests\n$", server.printed)[1]) >= 25
     assert not list(tmp_path.glob("genai_pl-metrics-*"))
 
 

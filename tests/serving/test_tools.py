@@ -126,7 +126,7 @@ def test_half_a_character_in_what_is_rendered_is_refused(play) -> None:
     half = {"type": "function", "function": {"name": "weather", "description": "\ud800"}}
     raw = json.dumps({"messages": ASKED, "tools": [half]})
     reply = httpx.post(f"{ai.base_url}chat/completions", content=raw, headers={"content-type": "application/json"})
-    assert (reply.status_code, reply.json()["error"]["param"]) == (422, "tools")
+    assert (reply.status_code, reply.json()["error"]["param"]) == (422, "tools.0")
     call["function"]["arguments"] = "{broken"
     with pytest.raises(openai.UnprocessableEntityError, match="not JSON"):
         ai.chat.completions.create(model="caller", messages=turns, tools=[TOOL])
@@ -139,7 +139,7 @@ def test_half_a_character_in_what_is_rendered_is_refused(play) -> None:
         ("tool_choice", {"tool_choice": "required", "tools": []}),
         ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "other"}}}),
         (
-            "tools",
+            "tools.0.function",
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}], "tool_choice": "required"},
         ),
         ("tools.0.function.name", {"tools": [{"type": "function", "function": {}}]}),

@@ -21,6 +21,8 @@ MIXTURE = (
     "model.n_shared_experts=1",
 )  # fmt: skip
 OBJECTIVES |= {"experts": MIXTURE, "experts_muon": (*MIXTURE, "optimizer=muon", "optimizer.lr=1e-3")}
+QLORA = ("model.n_embd=64", "peft=lora", "peft.quantize=nf4")
+OBJECTIVES["qlora"] = QLORA
 STRATEGIES = {
     "ddp": ("trainer=ddp", HALF),
     "fsdp": ("trainer=fsdp", HALF),
@@ -66,6 +68,25 @@ def test_experts_and_their_loads_are_those_of_one_process(
     options = (*OBJECTIVES[objective], *STRATEGIES[strategy], "trainer.devices=2", f"hydra.run.dir='{run}'")
     train(folder, *SMALL, *options)
     assert_same(run, expected, names=(*SAME, "train/expert_load", "train/expert_load/layer_1"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saved", [(), ("strategy.sharded_checkpoints=true",)], ids=["file", "shards"])
+def test_a_quantized_base_is_whole_on_every_rank_of_fsdp(saved: tuple[str, ...], folder: Path, reference) -> None:
+    expected, run = reference("qlora"), folder / f"qlora-fsdp-{len(saved)}"
+    options = (*QLORA, *STRATEGIES["fsdp"], *saved, "trainer.devices=2", f"hydra.run.dir={run}")
+    train(folder, *SMALL, *options, "trainer.max_steps=2")
+    train(folder, f"resume={run.name}", "trainer.max_steps=4")
+    names = ("train/loss", "train/grad_norm")
+    assert_same(run, expected, names=names, exported="adapter/adapter_model.safetensors")
+
+
+@pytest.mark.slow
+def test_a_quantized_base_is_not_divided_by_layers(folder: Path) -> None:
+    command = start(folder, *SMALL, *QLORA, "strategy=tensor_parallel", WHOLE, "trainer.devices=2")
+    out, _ = command.communicate(timeout=300)
+    assert command.returncode in (1, 2)
+    assert "peft.quantize: a quantized base cannot be divided by layer" in out.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -17,18 +17,30 @@ from tests.strategies.test_kills import processes, wait_for_step
 TWO = ("strategy=pipeline", "trainer.devices=2", WHOLE)
 FOUR = ("strategy=pipeline", "strategy.data_parallel_size=2", "strategy.microbatches=2", "trainer.devices=4", HALF)
 GPIPE = (*TWO, "strategy.schedule=gpipe")
+INTERLEAVED = (*TWO, "strategy.schedule=interleaved")
+ZERO_BUBBLE = (*TWO, "strategy.schedule=zero_bubble")
 ADAMW = ("optimizer=adamw", "optimizer.lr=1e-3")
 OBJECTIVES = {
     # tied embeddings, rows of unequal numbers of targets, four batches to a step, a gradient far too long
     "clm": ("trainer.accumulate_grad_batches=4", "trainer.gradient_clip_val=0.05"),
     # a table that all stages look up, a head of its own
     "prefix_lm": ("objective=prefix_lm", "model.position=relative", "model.tie_embeddings=false"),
+    "prefix_lm deep": (
+        "objective=prefix_lm",
+        "model.position=relative",
+        "model.tie_embeddings=false",
+        "model.n_layer=4",
+    ),
     "mlm": ("model=encoder_nano", "objective=mlm"),
     "fim": ("objective=fim",),
+    "five blocks": ("model.n_layer=5", "trainer.accumulate_grad_batches=2"),
     "muon": ("optimizer=muon", "optimizer.lr=1e-3"),
     "adafactor": ("optimizer=adafactor", "trainer.recompute_every=1"),
 }
 SLOW = [
+    ("five blocks", INTERLEAVED),
+    ("five blocks", ZERO_BUBBLE),
+    ("prefix_lm deep", INTERLEAVED),
     ("prefix_lm", GPIPE),
     ("clm", GPIPE),
     ("clm", FOUR),
@@ -110,6 +122,8 @@ def test_stages_are_neighbours_and_differ_by_one_block_at_most(n_blocks: int, n_
     [
         ({"schedule": "zigzag"}, "strategy.schedule"),
         ({"microbatches": 0}, "strategy.microbatches"),
+        ({"stages_per_rank": 2}, "stages_per_rank=2: 1 under strategy.schedule=1f1b"),
+        ({"schedule": "interleaved", "stages_per_rank": 1}, "stages_per_rank=1: 2 or more under"),
     ],
 )
 def test_an_option_that_cannot_be_is_named(options: dict[str, object], said: str) -> None:
@@ -123,6 +137,8 @@ def test_an_option_that_cannot_be_is_named(options: dict[str, object], said: str
     [
         (("strategy.microbatches=3",), "data.batch_size"),
         (("model.n_layer=1",), "model.n_layer"),
+        (("strategy.schedule=zero_bubble", "model.n_layer=4", "compile=true"), "compile does not go with"),
+        (("strategy.schedule=interleaved", "model.n_layer=3"), "for each of 4 stages"),
         (("peft=prompt",), "virtual tokens"),
         (("model=t5_nano", "objective=span_corruption"), "decoders and encoders"),
     ],

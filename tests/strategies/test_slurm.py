@@ -27,7 +27,7 @@ DEFAULTS = {"devices": 1, "num_nodes": 1}
 @pytest.fixture
 def variables(monkeypatch: pytest.MonkeyPatch):
     """`variables(NAME=...)`: these, and no others of a launcher."""
-    others = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "GROUP_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
+    others = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "GROUP_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
     for name in (*STEP, *RANK_VARIABLES, *others):
         monkeypatch.delenv(name, raising=False)
 
@@ -76,7 +76,7 @@ def test_a_batch_script_and_a_single_task_start_their_own_processes(extra: dict[
 
 
 def test_torchrun_inside_of_srun_counts(variables) -> None:
-    elastic = {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2"}
+    elastic = {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "16"}
     variables({**STEP, **elastic, "TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
     assert isinstance(choose_environment(), TorchElasticEnvironment)
     assert started_devices(DEFAULTS) == {"devices": 8, "num_nodes": 2}

@@ -94,17 +94,19 @@ def test_a_policy_learns_from_steps_and_resumes(objective: str, command, tmp_pat
     assert command("train", *MODEL, write(tmp_path / "rows.jsonl", ROWS), "hydra.run.dir=judge").status == 0
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"{n}:"} for n in range(12)])
     sizes = ["objective.max_new_tokens=6", "objective.minibatch_size=8", "data.batch_size=4"]
-    sizes += ["objective.group_size=2"] if objective == "grpo" else []
+    sizes += ["objective.group_size=2"] if objective == "grpo" else ["objective.epochs=2"]
     common = ["model=llama", *TINY[:4], *TINY[6:], "model.n_head=4", f"objective={objective}", prompts, *sizes]
     common += ["objective.reward=judge"]
-    common += ["trainer.max_steps=4", "callbacks.checkpoint.every_n_steps=2"]
+    common += ["objective.kl_target=0.1"] if objective == "ppo" else []  # an adaptive coefficient is in the checkpoint
+    common += ["trainer.max_steps=8", "callbacks.checkpoint.every_n_steps=4"]
     result = command("train", *common, "hydra.run.dir=whole")
     assert result.status == 0, result.err
     assert 0 < float(last("whole")["objective/scores"]) < 6  # sums of probabilities
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
-    result = command("train", "resume=half/checkpoints/step=000002.ckpt")
+    result = command("train", "resume=half/checkpoints/step=000004.ckpt")
     assert result.status == 0, result.err
-    names = ("objective/scores", "train/loss", "train/grad_norm")
+    names = ["objective/scores", "train/loss", "train/grad_norm", "objective/kl"]
+    names += ["loss/value", "objective/kl_coef"] if objective == "ppo" else []
     assert [last("half")[name] for name in names] == [last("whole")[name] for name in names]
 
 

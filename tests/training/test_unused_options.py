@@ -55,6 +55,7 @@ NO_EFFECT = [  # command, what makes it so, what was typed
     ("config", "objective=rloo", "objective.kl_estimator=k2"),
     ("config", "objective=cispo", "objective.clip_range=0.1"),
     ("config", "objective=ppo", "objective.kl_horizon=5"),
+    ("config", "objective=ppo", "objective.pass_score=1"),
     ("config", "objective=distill objective.teacher=m", "objective.server.retries=2"),
     ("config", "objective=distill objective.teacher=http://h/v1 objective.top_k=8", "objective.server.top_k=4"),
     ("config", "peft=prompt", "peft.init_text=hello"),

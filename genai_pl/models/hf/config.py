@@ -21,6 +21,7 @@ from genai_pl.models.build import build_model
 from genai_pl.models.hf.families import ACTIVATIONS, FAMILIES, Family, Weight
 from genai_pl.models.hf.families.ministral import kind_of
 from genai_pl.models.hf.folder import TensorFiles, read_json
+from genai_pl.models.hf.quantized import check_quantization
 from genai_pl.models.hf.ties import resolve_ties
 
 # keys that `extra` does not keep: writing sets its own, and code beside the weights is not written
@@ -170,7 +171,12 @@ def _from_family(family: Family, given: dict, stored: TensorFiles | None) -> Mod
     for key, needed in {**family.constants, "per_layer_config": None}.items():
         if values.get(key, needed) != needed:
             raise ConfigError(f"{key}={values[key]!r} is not supported for model_type {family.model_type!r}")
-    _check_quantization(family, values.get("quantization_config"))
+    check_quantization(values.get("quantization_config"), allowed=family.quantizations)
+    if values.get("quantization_config") is not None and stored is not None and not stored.is_packed:
+        raise ConfigError(
+            f"quantization_config={values['quantization_config']!r}, and no tensor beside it is packed so: "
+            "take it out of config.json if the weights are plain numbers"
+        )
     # keys that are one field each, then those that need a codec
     fields = {name: values[key] for name, key in family.fields.items()}
     if type(fields["n_layer"]) is not int or not 0 < fields["n_layer"] <= MAX_LAYERS:  # before anything counts to it
@@ -199,18 +205,6 @@ def _from_family(family: Family, given: dict, stored: TensorFiles | None) -> Mod
     except ConfigError as error:
         keys = [f"{name} is {key}" for name, key in family.fields.items() if f"model.{name}" in str(error).split()]
         raise ConfigError(f"{error}{' (' + ', '.join(keys) + ' here)' if keys else ''}") from None
-
-
-def _check_quantization(family: Family, quantization: dict | None) -> None:
-    """ConfigError for tensors that are stored in another way than this family's files are read."""
-    if quantization is not None and (
-        not isinstance(quantization, dict) or quantization.get("quant_method") not in family.quantizations
-    ):
-        supported = f"; supported: {', '.join(family.quantizations)}" if family.quantizations else ""
-        raise ConfigError(
-            f"quantization_config={quantization!r} is not read for model_type {family.model_type!r}{supported}: "
-            "load it with transformers, model.dequantize(), and save it"
-        )
 
 
 def _without_synonyms(family: Family, values: dict) -> dict:

@@ -4,16 +4,16 @@ Tensors are read one at a time from mapped files, so that loading needs the memo
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from genai_pl.errors import CheckpointError
-from genai_pl.models.hf.mxfp4 import BLOCKS, SCALES, dequantized, dequantized_shape
+from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.models.hf.quantized import PackedWeight, packed_weights, plain_names
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -54,6 +54,7 @@ class TensorFiles:
         self.folder = folder
         self.files = _files_by_tensor(folder)
         self.read_names: set[str] = set()  # for `unused`
+        self._unpacking = False
         self._known: dict[str, str] = {}
         self._shapes: dict[Path, dict[str, tuple[int, ...]]] = {}
         plain = {_renamed(name): name for name in self.files}
@@ -61,21 +62,34 @@ class TensorFiles:
         for name, stored in plain.items() if prefix else ():
             self._known |= {f"{prefix}{name}": stored, name.removeprefix(prefix): stored}
         self._known |= plain
-        # two tensors of a quantized one stand for it; a tensor of that name comes first
-        found = [name.removesuffix(BLOCKS) for name in self._known if name.endswith(BLOCKS)]
-        self._quantized = {name for name in found if name not in self._known and name + SCALES in self._known}
+        # tensors of quantized weights stand for those
+        config = folder / "config.json"
+        options = read_json(config).get("quantization_config") if config.is_file() else None
+        try:
+            self._packed: dict[str, PackedWeight] = packed_weights(options, self._known.keys(), self)
+        except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{config}: quantization_config: {error}") from None
 
     def __contains__(self, name: str) -> bool:
-        return name in self._known or name in self._quantized
+        return name in self._known or name in self._packed
+
+    @property
+    def is_packed(self) -> bool:
+        """True if weights are quantized: several tensors of the files stand for one."""
+        return bool(self._packed)
+
+    def weights(self) -> list[str]:
+        """Names of the weights, each once: of plain tensors as in the files, and of packed ones."""
+        return [*plain_names(self.files, self._packed.values()), *self._packed]
 
     def alias(self, name: str, other: str) -> None:
         """Let `name` stand for the tensor `other`."""
         self._known[name] = self._known[other]
 
     def read(self, name: str) -> Tensor:
-        """The tensor of this name, a quantized one as numbers of 16 bits; CheckpointError if it is missing."""
-        if name in self._quantized:
-            return dequantized(self.read(name + BLOCKS), self.read(name + SCALES))
+        """The tensor of this name, a quantized one as plain numbers; CheckpointError if it is missing."""
+        if name in self._packed and not self._unpacking:
+            return self._unpack(name, PackedWeight.read)
         stored = self._stored(name)
         self.read_names.add(stored)
         with _opened(self.files[stored]) as file:
@@ -83,8 +97,8 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the header of its file; CheckpointError if it is missing."""
-        if name in self._quantized:
-            return self._quantized_shape(name)
+        if name in self._packed and not self._unpacking:
+            return self._unpack(name, PackedWeight.shape)
         stored = self._stored(name)
         path = self.files[stored]
         if path not in self._shapes:
@@ -96,8 +110,8 @@ class TensorFiles:
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which a tensor is stored, or that of its numbers if it is quantized."""
-        if name in self._quantized:
-            return torch.bfloat16
+        if name in self._packed:
+            return self._packed[name].dtype
         return self.read(name).dtype  # the mapped file: no byte of the tensor is read
 
     def equal(self, name: str, other: str) -> bool:
@@ -112,12 +126,19 @@ class TensorFiles:
         """Names of tensors that were not read, without the buffers of old files."""
         return [name for name in self.files if name not in self.read_names and not name.endswith(BUFFERS)]
 
-    def _quantized_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a quantized tensor; CheckpointError where blocks and scales are not of the format."""
-        blocks, scales = self.shape(name + BLOCKS), self.shape(name + SCALES)
-        if len(blocks) != 4 or blocks[-1] != 16 or scales != blocks[:-1]:
-            raise CheckpointError(f"{self.folder}: {name}{BLOCKS} {[*blocks]} and {SCALES} {[*scales]} are no MXFP4")
-        return dequantized_shape(blocks)
+    def _unpack(self, name: str, function: Callable[[PackedWeight], Any]) -> Any:
+        """What a function finds of a packed weight, whose tensors it sees as they are stored."""
+        packed, self._unpacking = self._packed[name], True
+        self.read_names.update(self._known[part] for part in packed.beside)
+        try:
+            return function(packed)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.folder}: {name}: {error}") from None
+        except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:  # of tensors of any shape
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{self.folder}: {name}: its packed tensors do not fit ({reason})") from None
+        finally:
+            self._unpacking = False
 
     def _stored(self, name: str) -> str:
         """The name in the file."""

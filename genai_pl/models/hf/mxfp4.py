@@ -7,6 +7,8 @@ bits first, and NAME_scales (E, out, in / 32), exponents of 2 with 127 added.
 import torch
 from torch import Tensor
 
+from genai_pl.errors import CheckpointError
+
 BLOCKS, SCALES = "_blocks", "_scales"  # ends of the two names
 BIAS = 127  # of the exponents
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # of four bits: E2M1
@@ -24,7 +26,9 @@ def dequantized(blocks: Tensor, scales: Tensor) -> Tensor:
     return scaled.flatten(-2).mT.contiguous()
 
 
-def dequantized_shape(blocks: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape (E, in, out) that blocks of this shape (E, out, in / 32, 16) come to."""
+def dequantized_shape(blocks: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape (E, in, out) that blocks of this shape (E, out, in / 32, 16) come to; CheckpointError for others."""
+    if len(blocks) != 4 or blocks[-1] != 16 or scales != blocks[:-1]:
+        raise CheckpointError(f"{BLOCKS} {[*blocks]} and {SCALES} {[*scales]} are no MXFP4")
     E, out, groups, width = blocks
     return E, groups * width * 2, out

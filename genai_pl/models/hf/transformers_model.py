@@ -25,6 +25,7 @@ from genai_pl.models.hf.transformers_attention import NAME, Packing, register
 from genai_pl.models.hf.transformers_cache import WrappedCache, new_inner_cache
 from genai_pl.models.hf.transformers_check import check, reason_of, refusal
 from genai_pl.models.hf.transformers_config import WrappedConfig, wrapped_config
+from genai_pl.models.hf.transformers_quantized import reader
 from genai_pl.models.hf.transformers_rope import length_rope
 from genai_pl.models.hf.transformers_rows import document_rows
 from genai_pl.models.hf.transformers_sizes import check_counts, check_folder, check_sizes
@@ -250,12 +251,10 @@ def load_wrapped(
 
     CheckpointError for files that cannot be read, ConfigError for an architecture that computes something else here.
     """
-    from transformers import AutoModelForCausalLM
 
     # read the files
     def read(**implementation: str | None) -> tuple:
-        return AutoModelForCausalLM.from_pretrained(
-            name,
+        return from_pretrained(
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
@@ -264,7 +263,10 @@ def load_wrapped(
 
     try:
         check_folder(Path(name))
+        from_pretrained = reader(name)
         (inner, loading_info), own_attention = _with_our_attention(read)
+    except CheckpointError:
+        raise
     except ConfigError as error:
         raise CheckpointError(f"{name}: {error}") from None
     except Exception as error:  # anybody's files: transformers and safetensors raise what has no common base

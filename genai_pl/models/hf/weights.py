@@ -80,6 +80,10 @@ def load_tensors(
     # the weights, one tensor at a time
     for row in table:
         tensor = stored.read(row.hf_name)
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise CheckpointError(
+                f"{file.parent}: tensor {row.hf_name} holds codes ({tensor.dtype}) without their scales"
+            )
         _assign(model, row, tensor if dtype is None else tensor.to(dtype))
     model.tie_weights()
     _warn_of_unused(stored)

@@ -178,6 +178,7 @@ class Engine:
 
     def _start_request(self, state: RequestState) -> None:
         self.observer.started(time.monotonic() - state.submit_time)
+        state.stream.times.started = time.time_ns()
         with isolate_failure(state):
             state.start(self.model, self.tokenizer, self.device)
 

@@ -2,10 +2,11 @@
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
 from genai_pl.config.generation import GenerationConfig
@@ -85,6 +86,19 @@ class QueueFull(Exception):
         self.retry_after = retry_after
 
 
+@dataclass
+class RequestTimes:
+    """When things happened to a request, in Unix nanoseconds; None for what has not.
+
+    queued: submission. started: it got a slot. first_token, ended: of its answer
+    """
+
+    queued: int = field(default_factory=time.time_ns)
+    started: int | None = None
+    first_token: int | None = None
+    ended: int | None = None
+
+
 class TokenStream:
     """The outputs of one answer as they are generated: iterate with `for` in a thread or `async for` in an event loop.
 
@@ -93,16 +107,17 @@ class TokenStream:
     There is one reader. The engine calls `put` and `close` from its own thread; outputs wait in the stream without a bound
     but max_new_tokens, so a slow reader never holds up the batch.
 
-    Attributes: `n_generated` tokens so far, `n_cached` tokens of the prompt that the prefix cache had, `is_cancelled`, and
-    `finish_reason` once all outputs are read.
+    Attributes: `n_generated` tokens so far, `n_cached` tokens of the prompt that the prefix cache had, `is_cancelled`, `times`,
+    `last_reason` once the answer has ended, and `finish_reason` once all outputs are read.
     """
 
     def __init__(self, on_cancel: Callable[[], None]) -> None:
         self.n_generated = self.n_cached = 0
         self.is_cancelled = False
+        self.times = RequestTimes()
+        self.last_reason: str | None = None
         self._on_cancel = on_cancel
         self._outputs: deque[TokenOutput] = deque()
-        self._finish_reason: str | None = None
         self._changed = threading.Condition()
         self._reader: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
 
@@ -113,7 +128,7 @@ class TokenStream:
         "stop" is an end token or a stop string, "length" max_new_tokens or the context, "busy" eviction from a full queue.
         """
         with self._changed:
-            return None if self._outputs else self._finish_reason
+            return None if self._outputs else self.last_reason
 
     def cancel(self) -> None:
         """Stop the answer: a waiting request leaves the queue at once, a running one its slot after the current step."""
@@ -125,12 +140,14 @@ class TokenStream:
         with self._changed:
             self._outputs.append(output)
             self.n_generated += 1
+            self.times.first_token = self.times.first_token or time.time_ns()
             self._wake()
 
     def close(self, finish_reason: str) -> None:
         """End the stream; the first finish reason counts, later calls change nothing."""
         with self._changed:
-            self._finish_reason = self._finish_reason or finish_reason
+            self.last_reason = self.last_reason or finish_reason
+            self.times.ended = self.times.ended or time.time_ns()
             self._wake()
 
     def __iter__(self) -> Self:
@@ -138,7 +155,7 @@ class TokenStream:
 
     def __next__(self) -> TokenOutput:
         with self._changed:
-            self._changed.wait_for(lambda: self._outputs or self._finish_reason)
+            self._changed.wait_for(lambda: self._outputs or self.last_reason)
             if not self._outputs:
                 raise StopIteration
             return self._outputs.popleft()
@@ -152,7 +169,7 @@ class TokenStream:
             with self._changed:
                 if self._outputs:
                     return self._outputs.popleft()
-                if self._finish_reason:
+                if self.last_reason:
                     raise StopAsyncIteration
                 waiting = loop.create_future()
                 self._reader = (loop, waiting)

@@ -67,8 +67,13 @@ def stop_fields(finished: Finished) -> Json:
 
 
 def usage(answer: OneAnswer) -> Json:
-    """Token counts of a message."""
-    return {"input_tokens": answer.n_prompt, "output_tokens": answer.n_generated}
+    """Token counts of a message; input_tokens leaves out those that the prefix cache had, as Anthropic's does."""
+    return {
+        "input_tokens": answer.n_prompt - answer.n_cached,
+        "cache_creation_input_tokens": 0,  # tokens written to the cache cost no more here
+        "cache_read_input_tokens": answer.n_cached,
+        "output_tokens": answer.n_generated,
+    }
 
 
 async def message_events(answer: OneAnswer, head: Json, shows_thoughts: bool) -> Events:

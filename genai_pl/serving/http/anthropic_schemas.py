@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from genai_pl.serving.http.messages import CalledFunction, Function, Message, Text, TextPart, Tool, ToolCall
+from genai_pl.serving.http.messages import CalledFunction, Function, JsonObject, Message, Text, TextPart, Tool, ToolCall
 from genai_pl.serving.http.schemas import Body, ChatBody, Count, Stop
 
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -78,7 +78,7 @@ class ClientTool(BaseModel):
     type: Literal["custom"] | None = None
     name: Annotated[Text, Field(min_length=1)]
     description: Text | None = None
-    input_schema: dict[str, object]
+    input_schema: JsonObject
 
     def function(self) -> Tool:
         """The tool as chat completions have it."""

@@ -1,13 +1,15 @@
 """Messages of chat requests: turns of text, tools that the model may call, and calls that it made."""
 
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from genai_pl.data.assistant_spans import REASONING_KEYS
 from genai_pl.data.messages import join_parts
 from genai_pl.serving.errors import ApiError
+
+T = TypeVar("T")
 
 
 def _encodable(text: str) -> str:
@@ -19,7 +21,18 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _all_encodable(value: T) -> T:
+    """A JSON value, or a model of some; ValueError for half a surrogate pair in one of its texts, or for a value too deep."""
+    try:
+        plain = value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+        _encodable(json.dumps(plain, ensure_ascii=False))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
+JsonObject = Annotated[dict[str, object], AfterValidator(_all_encodable)]  # that a chat template may show
 
 
 class TextPart(BaseModel):
@@ -30,10 +43,16 @@ class TextPart(BaseModel):
 
 
 class Function(BaseModel):
-    """A function's name and whatever else the chat template shows of it (description, parameters)."""
+    """A function's name and whatever else the chat template shows of it (description, parameters), in the given order."""
 
     model_config = ConfigDict(extra="allow")
     name: Annotated[Text, Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check_parameters(self) -> "Function":
+        if not isinstance(self.model_extra.get("parameters") or {}, dict):
+            raise ValueError("parameters is no JSON schema, which is an object")
+        return self
 
 
 class Tool(BaseModel):
@@ -42,6 +61,10 @@ class Tool(BaseModel):
     model_config = ConfigDict(extra="allow")
     type: Literal["function"]
     function: Function
+
+    @model_validator(mode="after")
+    def _check_texts(self) -> "Tool":
+        return _all_encodable(self)
 
 
 class CalledFunction(BaseModel):

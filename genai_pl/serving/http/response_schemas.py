@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from genai_pl.serving.http.messages import CalledFunction, Function, Message, Text, TextPart, Tool, ToolCall
+from genai_pl.serving.http.messages import CalledFunction, Function, JsonObject, Message, Text, TextPart, Tool, ToolCall
 from genai_pl.serving.http.schemas import Body, ChatBody, Count, Stop
 
 TEXTS = ("input_text", "output_text", "reasoning_text", "summary_text", "text")
@@ -103,7 +103,7 @@ class FunctionTool(BaseModel):
     type: Literal["function"]
     name: Annotated[Text, Field(min_length=1)]
     description: Text | None = None
-    parameters: dict[str, object] | None = None
+    parameters: JsonObject | None = None
 
     def function(self) -> Tool:
         """The tool as chat completions have it."""

@@ -27,12 +27,7 @@ def offered_tools(service: Service, body: ChatBody) -> list[Json]:
         return []
     if "tools" not in str(service.tokenizer.chat_template):
         raise ApiError(422, "tools: the chat template of this model has no place for any", param="tools")
-    tools = [tool.model_dump(exclude_unset=True) for tool in body.tools]
-    try:
-        json.dumps(tools, ensure_ascii=False).encode()
-    except ValueError:
-        raise ApiError(422, "tools: half of a surrogate pair is no text", param="tools") from None
-    return tools
+    return [tool.model_dump(exclude_unset=True) for tool in body.tools]
 
 
 def is_forced(body: ChatBody) -> bool:

@@ -30,6 +30,7 @@ from genai_pl.serving.http.upstream_answers import (
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.response_cache import key_of, make_cache
 from genai_pl.serving.settings import Settings
+from genai_pl.serving.tracing import trace_headers
 
 log = logging.getLogger("genai_pl.serving")
 T = TypeVar("T")
@@ -190,7 +191,7 @@ class Upstream:
         if self.n_running >= self.limits.queue_size:
             raise too_busy(1.0)
         content = None if body is None else json.dumps(body).encode()
-        headers = {} if body is None else {"Content-Type": "application/json"}
+        headers = trace_headers() | ({} if body is None else {"Content-Type": "application/json"})
         self.n_running += 1
         try:
             async with self.client.stream(method, path, content=content, headers=headers) as reply:

@@ -104,6 +104,7 @@ TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
 
 GPT2 = Family(
     model_type="gpt2",
+    quantizations=(),  # they would store the transpose of what its own layers store
     architectures={**_classes("GPT2"), Head.linear: ("GPT2LMHeadModel",)},
     fixed={},
     fields={

@@ -111,7 +111,9 @@ class Family:
     ties: tuple[tuple[str, str], ...] = ()  # (tensor, tensor that it equals unless the file holds both and they differ)
     always_ties: bool = False  # whatever tie_word_embeddings says
     synonyms: tuple[tuple[str, str], ...] = ()  # other names of keys, and the keys
-    quantizations: tuple[str, ...] = ()  # values of quant_method whose tensors are read, and become numbers of 16 bits
+    quantizations: tuple[str, ...] | None = (
+        None  # values of quant_method whose tensors are read; None: all that are known
+    )
 
     @property
     def keys(self) -> set[str]:
