@@ -6,6 +6,7 @@ place of the KL penalty, how the loss is normalized, and whether groups that tea
 are in `objectives/grpo.py`.
 """
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -39,6 +40,8 @@ CHOICES = {
     "kl_estimator": ("k2", "k3"),
     "normalization": ("sequence", "token", "constant"),
 }
+
+log = logging.getLogger(__name__)
 
 
 class GRPOModule(PolicyGradientModule):
@@ -87,7 +90,7 @@ class GRPOModule(PolicyGradientModule):
         self.beta, self.clip = beta, {"clip_range": clip_range, "clip_range_high": clip_range_high}
         self.kind, self.kl_place, self.kl_estimator = loss, kl, kl_estimator
         self.advantage, self.scale, self.normalization = advantage, scale, normalization
-        self.dynamic_sampling = dynamic_sampling
+        self.dynamic_sampling, self.said_equal = dynamic_sampling, False
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -150,6 +153,9 @@ class GRPOModule(PolicyGradientModule):
         if self.group_size > 1:
             equal = equal_groups(scores, self.group_size)
             means["objective/equal_groups"] = equal.sum(), len(equal)  # all advantages 0: no gradient
+            if rollout.step_ends is None and not scores.isnan().all() and not self.said_equal and equal.all():
+                self.said_equal = True
+                log.warning("reward      all completions of each prompt of a batch score the same: they teach nothing")
         experience = {
             "token_positions": rollout.token_positions,
             "mask": mask,

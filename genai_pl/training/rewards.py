@@ -70,6 +70,10 @@ def load_rewards(
         for name, place in zip(names, places, strict=True)
     ]
     of_steps = [n for n, reward in enumerate(rewards) if isinstance(reward, ProcessJudge)]
+    if step_rewards != DENSE and not of_steps:
+        raise ConfigError(
+            f"objective.step_rewards={step_rewards} has no effect: no objective.reward is a process reward model; leave it out"
+        )
     is_dense = bool(of_steps) and step_rewards == DENSE
     if is_dense and uncertainty is not None:
         raise ConfigError(

@@ -28,6 +28,9 @@ def odd(prompts, completions, **columns):
 def mixed(prompts, completions, **columns):
     return [sum(map(ord, completion)) % 7 / 7 for completion in completions]
 
+def flat(prompts, completions, **columns):
+    return [1.0] * len(completions)
+
 def partly(prompts, completions, **columns):
     return [score * (int(prompt.split()[0]) % 2) for prompt, score in zip(prompts, mixed(prompts, completions))]
 """
@@ -64,6 +67,15 @@ def test_a_preset_learns_the_same_in_one_pass_and_in_several(preset: str, comman
         for name in ("train/loss", "train/grad_norm", "objective/scores"):
             assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-3, abs=1e-5)
     assert float(once[-1]["train/grad_norm"]) > 0
+
+
+@pytest.mark.usefixtures("prompts")
+def test_a_reward_that_tells_nothing_apart_is_said_once_and_the_run_ends(command) -> None:
+    options = ("objective.reward=rewards:flat", "objective.dynamic_sampling=2", "trainer.max_steps=2")
+    result = command("train", "objective=grpo", "objective.group_size=2", "objective.beta=0", *SMALL, *RUN, *options)
+    assert result.status == 0, result.err
+    said = "all completions of each prompt of a batch score the same: they teach nothing"
+    assert (result.out + result.err).count(said) == 1
 
 
 @pytest.mark.usefixtures("prompts")

@@ -206,6 +206,13 @@ def test_that_no_reward_applies_is_said_once(
     assert [record.message for record in caplog.records if "no reward applies" in record.message]
 
 
+def test_an_aggregate_of_steps_without_a_process_reward_model_is_one_line(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"objective.step_rewards=min has no effect: no objective.reward"):
+        load_rewards(
+            ["judges_here:length"], None, step_rewards="min", policy=torch.nn.Module(), device=torch.device("cpu")
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
