@@ -29,7 +29,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the files, the runs and figures.json")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sft-steps", type=int, default=400)
+    parser.add_argument("--sft-steps", type=int, default=225)
     parser.add_argument("--judge-steps", type=int, default=1500)
     parser.add_argument("--rollouts", type=int, default=40, help="of 64 completions")
     parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of PPO")
