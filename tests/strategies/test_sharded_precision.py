@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from genai_pl.callbacks import StepCheckpoint
 from genai_pl.config.enums import Norm
+from genai_pl.distributed.context_group import ALONE
 from genai_pl.models import ModelConfig, build_model
 from genai_pl.objectives import token_loss
 from genai_pl.strategies import ShardedStrategy
@@ -56,7 +57,10 @@ def draws(replicas: list[int]) -> list[list[float]]:
         torch.manual_seed(3)
         kwargs = {"num_replicas": len(set(replicas)), "rank": replica}
         strategy = SimpleNamespace(distributed_sampler_kwargs=kwargs)
-        trainer = SimpleNamespace(world_size=len(replicas), global_rank=rank, global_step=0, strategy=strategy)
+        module = SimpleNamespace(model=SimpleNamespace(context_group=ALONE))
+        trainer = SimpleNamespace(
+            world_size=len(replicas), global_rank=rank, global_step=0, strategy=strategy, lightning_module=module
+        )
         StepCheckpoint("checkpoints", every_n_steps=1, keep=1).on_train_start(trainer, None)
         draws.append(torch.rand(3).tolist())
     return draws

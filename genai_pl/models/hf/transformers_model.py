@@ -90,7 +90,10 @@ class WrappedDecoder(nn.Module):
         parameters = inspect.signature(self.stack.forward).parameters
         is_open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._takes = None if is_open else set(parameters)
-        self._recurrent = "cache_params" in parameters  # Mamba's name of the cache
+        # the cache: `cache` since transformers 5.24, before it past_key_values, and cache_params of Mamba and its like
+        self._cache_name = next((n for n in ("cache", "cache_params") if n in parameters), "past_key_values")
+        has_positions = "position_ids" in parameters
+        self._recurrent = self._cache_name != "past_key_values" and inner._is_stateful and not has_positions
         if own_attention is not None:
             self.leave_attention(own_attention)
 
@@ -200,11 +203,10 @@ class WrappedDecoder(nn.Module):
         options = {
             "attention_mask": visible,
             "position_ids": positions[:, -n_queries:],
-            "past_key_values": cache,
+            self._cache_name: cache,
             "use_cache": cache is not None,
         }
         if self._recurrent:  # no attention, so that a mask is for the new tokens alone
-            options["cache_params"] = options.pop("past_key_values")
             options["attention_mask"] = visible if past == 0 else None
         if self.route.ours:
             options["packing"] = Packing(all_segments, self.config.attention.value, virtual)
