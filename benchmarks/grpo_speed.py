@@ -41,7 +41,7 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     silence_libraries()
     options = {"group_size": args.group, "max_new_tokens": args.new}
     module, tokenizer = learner(GRPOModule, "grpo", args.model, **options)
-    module.use_reward(letters, decode=tokenizer.decode)
+    module.use_reward(lambda prompts, completions, _, **columns: letters(prompts, completions), decode=tokenizer.decode)
     given = {"batch": args.batch, "prompt_len": args.prompt_len, "new": args.new, "updates": args.steps + 1}
     times = fit_prompts(module, tokenizer, prompts(args.data, args.batch * (args.steps + 1)), **given)
     return figures(times, args.batch * args.group * (len(times) - 1))
