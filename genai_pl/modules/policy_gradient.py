@@ -175,7 +175,7 @@ class PolicyGradientModule(RolloutModule):
         if self.trainer.world_size > 1:
             ranks = self.trainer.strategy.distributed_sampler_kwargs
         # the rows of all ranks, in the order of the data; draws by seed and step, as those of minibatches
-        rows = torch.zeros(ranks["num_replicas"], data.batch_size, device=self.device)
+        rows = torch.zeros(ranks["num_replicas"], data.batch_size, dtype=torch.float64, device=self.device)
         rows[ranks["rank"], : len(batch["rows"])] = batch["rows"].to(rows) + 1
         rows = self._over_ranks(rows).long().cpu() - 1
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.trainer.global_step)
