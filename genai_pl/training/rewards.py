@@ -70,15 +70,7 @@ def load_rewards(
         for name, place in zip(names, places, strict=True)
     ]
     of_steps = [n for n, reward in enumerate(rewards) if isinstance(reward, ProcessJudge)]
-    if step_rewards != DENSE and not of_steps:
-        raise ConfigError(
-            f"objective.step_rewards={step_rewards} has no effect: no objective.reward is a process reward model; leave it out"
-        )
-    is_dense = bool(of_steps) and step_rewards == DENSE
-    if is_dense and uncertainty is not None:
-        raise ConfigError(
-            "objective.reward_uncertainty is of whole completions; set objective.step_rewards to min, last, mean or product"
-        )
+    is_dense = _is_dense(step_rewards, uncertainty, has_steps=bool(of_steps))
     warned: set[str] = set()
 
     # messages about data or rewards, once per run
@@ -125,6 +117,20 @@ def load_rewards(
         return StepScores(sums, [list(rows) for rows in zip(*weighted, strict=True)])
 
     return reward
+
+
+def _is_dense(step_rewards: str, uncertainty: float | None, *, has_steps: bool) -> bool:
+    """Whether each step is rewarded by itself; ConfigError for options that do not go with the rewards."""
+    if step_rewards != DENSE and not has_steps:
+        raise ConfigError(
+            f"objective.step_rewards={step_rewards} has no effect: no objective.reward is a process reward model; leave it out"
+        )
+    is_dense = has_steps and step_rewards == DENSE
+    if is_dense and uncertainty is not None:
+        raise ConfigError(
+            "objective.reward_uncertainty is of whole completions; set objective.step_rewards to min, last, mean or product"
+        )
+    return is_dense
 
 
 def _check_numbers(names: Sequence[str], weights: Sequence[float] | None, uncertainty: float | None) -> None:
