@@ -29,6 +29,7 @@ from genai_pl.serving.tracing import Tracing
 
 MIN_BODY_VALUES = 65_536  # JSON values that a body may always have: parsing them takes some milliseconds
 REFRESH_SECONDS = 1.0  # between two updates of the gauges: queues, memory
+MODEL_ROUTES = (plain_routes, openai_routes, response_routes, anthropic_routes, label_routes, token_routes)
 
 
 def create_app(
@@ -85,12 +86,8 @@ def create_app(
     install(app)
     app.include_router(state_routes(metrics, refresh, lambda: is_ready))
     if isinstance(backend, Service):
-        app.include_router(plain_routes(backend))
-        app.include_router(openai_routes(backend))
-        app.include_router(response_routes(backend))
-        app.include_router(anthropic_routes(backend))
-        app.include_router(label_routes(backend))
-        app.include_router(token_routes(backend))
+        for routes in MODEL_ROUTES:
+            app.include_router(routes(backend))
         if settings.adapters_root is None:
             admin_keys = ()
         elif admin_keys:
