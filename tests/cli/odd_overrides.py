@@ -18,12 +18,12 @@ TINY = (
 )  # fmt: skip
 DATA = {
     "pairs": "pairs.jsonl", "chat": "chat.jsonl", "preference": "preference.jsonl", "unpaired": "unpaired.jsonl",
-    "prompts": "prompts.jsonl", "seq2seq": "seq2seq.jsonl", "text": "text.txt",
+    "prompts": "prompts.jsonl", "seq2seq": "seq2seq.jsonl", "text": "text.txt", "stepwise": "steps.jsonl",
 }  # fmt: skip
 OBJECTIVES = {
     "clm": "text", "fim": "text", "prefix_lm": "text", "mlm": "text", "permutation": "text", "span_corruption": "text",
     "contrastive": "pairs", "sft": "chat", "dpo": "preference", "reward": "preference", "kto": "unpaired",
-    "grpo": "prompts", "ppo": "prompts", "seq2seq": "seq2seq",
+    "grpo": "prompts", "ppo": "prompts", "seq2seq": "seq2seq", "process_reward": "stepwise", "distill": "text",
 }  # fmt: skip
 MODELS = ("gpt_nano", "encoder_nano", "t5_nano", "bert_nano", "xlnet_nano", "vanilla_nano", "llama", "gemma3")
 FITTING = {
@@ -31,7 +31,12 @@ FITTING = {
     "contrastive": "encoder_nano",
 }  # fmt: skip
 ROLLOUTS = ("objective.reward=rewards.py:length", "objective.max_new_tokens=4", "objective.minibatch_size=2")
+NEEDED = {  # what an objective needs beside its data
+    "grpo": ROLLOUTS, "ppo": ROLLOUTS,
+    "distill": ("objective.teacher=base", "objective.max_new_tokens=4", "objective.text_prompt_tokens=8"),
+}  # fmt: skip
 BESIDE = {
+    "distill": ("teacher=base", "data.path=text.txt", "data.seq_len=16", "data.batch_size=8", "top_k=4"),
     "generate": ("checkpoint=base", "prompt=ab", "generation.max_new_tokens=2"),
     "evaluate": ("checkpoint=base", "data.path=text.txt", "limit=2"),
     "export": ("checkpoint=base", "out=exported"),
@@ -89,9 +94,9 @@ def sizes(model: str) -> tuple[str, ...]:
     return (*TINY, *further.get(model, ()))
 
 
-def rollouts(objective: str) -> tuple[str, ...]:
-    """What an objective needs that writes while it trains."""
-    return ROLLOUTS if objective in ("grpo", "ppo") else ()
+def needed(objective: str) -> tuple[str, ...]:
+    """What an objective needs beside its data."""
+    return NEEDED.get(objective, ())
 
 
 def _usual(rng: random.Random, number: int) -> Case:
@@ -104,7 +109,7 @@ def _usual(rng: random.Random, number: int) -> Case:
     model = FITTING.get(objective, "gpt_nano") if fits else rng.choice(MODELS)
     data = OBJECTIVES[objective] if fits or rng.random() < 0.5 else rng.choice(sorted(DATA))
     arguments = [f"model={model}", f"objective={objective}", f"data={data}", f"data.path={DATA[data]}", *sizes(model)]
-    arguments += rollouts(objective)
+    arguments += needed(objective)
     for group, (choices, every) in CHOICES.items():
         arguments += [f"{group}={rng.choice(choices)}"] if number % every == 0 else []
     return Case("train", (*arguments, "hydra.run.dir=run"))
@@ -140,6 +145,10 @@ def write_files(folder: Path) -> None:
         lines = [json.dumps({key: value.format(n) for key, value in row.items()}) for n in range(24)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     lines = [json.dumps({"prompt": f"{n} is", "completion": "good", "label": n % 2 == 0}) for n in range(24)]
+    lines = [
+        json.dumps({"prompt": f"{n} is", "completions": ["a", "b"], "labels": [True, n % 2 == 0]}) for n in range(24)
+    ]
+    (folder / "steps.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "unpaired.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "text.txt").write_text("\n\n".join(f"The {n} of it, and what follows." for n in range(60)))
     (folder / "rewards.py").write_text(

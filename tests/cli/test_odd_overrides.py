@@ -98,5 +98,5 @@ def test_every_objective_on_every_model_trains_or_says_what_it_needs(tmp_path: P
                 f"data.path={odd_overrides.DATA[data]}",
                 f"data={data}",
             ]
-            cases.append(Case("train", (*commands, *odd_overrides.sizes(model), *odd_overrides.rollouts(objective))))
+            cases.append(Case("train", (*commands, *odd_overrides.sizes(model), *odd_overrides.needed(objective))))
     check(cases, tmp_path)

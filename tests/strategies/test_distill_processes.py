@@ -44,6 +44,16 @@ def test_two_processes_take_the_steps_of_one(how: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_learn_what_one_does_from_what_the_student_writes_greedily(folder: Path) -> None:
+    options = [option for option in SMALL if not option.startswith("tokenizer")]
+    options += [*STUDENT, *ON_POLICY, "objective.sampling_temperature=0"]
+    train(folder, *options, "data.batch_size=4", "hydra.run.dir=greedy-one")
+    for name, strategy in TWO.items():
+        train(folder, *options, "data.batch_size=2", *strategy, f"hydra.run.dir=greedy-{name}")
+        assert_same(folder / f"greedy-{name}", folder / "greedy-one", names=SAME, exported=MODEL, rounding=1e-5)
+
+
+@pytest.mark.slow
 def test_a_sharded_student_writes_and_learns_what_copies_do(folder: Path) -> None:
     options = [option for option in SMALL if not option.startswith("tokenizer")]
     for name, strategy in TWO.items():

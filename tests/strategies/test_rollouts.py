@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.calling_models import write_untrained
 from tests.strategies.processes import (
     MODEL,
     assert_equal_to_the_last_bit,
@@ -107,6 +108,28 @@ def test_copies_of_the_model_take_them_too(folder: Path) -> None:
     for name, options in {"one more": (WHOLE,), "ddp": (HALF, *DDP)}.items():
         train(folder, *greedy, *options, f"hydra.run.dir='{name}'")
     assert_same(folder / "ddp", folder / "one more", names=(*SAME, "loss/value"), rounding=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["ppo", "reinforce"])  # which compares the episodes of all questions
+def test_two_processes_play_and_learn_what_one_does_with_a_tool(objective: str, tmp_path: Path) -> None:
+    train(tmp_path, *write_untrained(tmp_path), "hydra.run.dir=caller")
+    options = (
+        f"objective={objective}", "init_from=caller", "data.path=sums.jsonl", "objective.environment=calculator",
+        "objective.max_turns=2", "objective.max_new_tokens=100", "objective.temperature=0", "data.val_path=sums.jsonl",
+        "objective.epochs=1", "objective.minibatch_size=null",
+        "trainer.max_steps=4", "trainer.limit_val_batches=2", "data.val_batch_size=1", "optimizer=sgd", "optimizer.lr=0.1",
+        "scheduler=constant", "scheduler.warmup_steps=0", "trainer.log_every_n_steps=1", "precision=fp32", "logger=csv",
+        "callbacks.samples.every_n_steps=null",
+    )  # fmt: skip
+    for name, own in {"one": (WHOLE,), "ddp": (HALF, *DDP), "fsdp": (HALF, *FSDP)}.items():
+        train(tmp_path, *options, *own, f"hydra.run.dir={name}")
+    rows = [row for row in table(tmp_path / "one").values() if row["objective/turns"]]
+    assert any(float(row["objective/tool_calls"]) > 0 and float(row["objective/turns"]) > 1 for row in rows)
+    assert any(float(row["train/grad_norm"]) > 0 for row in rows)
+    names = (*SAME[:6], "objective/turns", "objective/tool_calls", "val/scores", "val/turns")
+    for name in ("ddp", "fsdp"):
+        assert_same(tmp_path / name, tmp_path / "one", names=names, rounding=1e-5)
 
 
 CASES = {

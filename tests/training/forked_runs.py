@@ -34,6 +34,7 @@ STAGES = {
     ("checkpoint.py", "save"): "checkpoint",
     ("metrics_csv.py", "log_metrics"): "table",
     ("rollout.py", "generate_rollout"): "rollout",
+    ("episodes.py", "play_episodes"): "rollout",
     ("samples.py", "_show_continuations"): "samples",
     ("fit.py", "finish"): "finish",
     ("fit.py", "export_run"): "export",

@@ -12,12 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 from genai_pl.checkpoints.file import read_checkpoint
+from tests.calling_models import write_untrained
 from tests.training.forked_runs import TORN, Moment
 from tests.training.killing import Killer
 
-SMALL = (
+NEW = (
     *("model.n_layer=1", "model.n_embd=32", "model.n_head=2", "model.max_seq_len=48", "model.dropout=0.1"),
-    *("tokenizer=byte", "data.batch_size=2", "optimizer=adamw", "scheduler.warmup_steps=2", "trainer.max_steps=7"),
+    "tokenizer=byte",
+)
+SMALL = (
+    *("data.batch_size=2", "optimizer=adamw", "scheduler.warmup_steps=2", "trainer.max_steps=7"),
     *("trainer.val_check_interval=2", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=1", "logger=csv"),
     *("callbacks.samples.every_n_steps=null", "callbacks.checkpoint.every_n_steps=2"),
 )
@@ -36,6 +40,34 @@ MIXTURE = (
 SFT, DPO = ("objective=sft", CHAT), ("objective=dpo", PAIRS)
 GRPO = ("objective=grpo", *PROMPTS, "objective.group_size=4")
 PPO = ("objective=ppo", *PROMPTS, "objective.epochs=2", "objective.minibatch_size=2", "objective.kl_target=1.0")
+CALLER = "init_from=../caller"  # a model that calls a tool
+CALCULATOR = (
+    *(
+        "objective=grpo",
+        CALLER,
+        "data.path=../sums.jsonl",
+        "objective.environment=calculator",
+        "objective.group_size=4",
+    ),
+    *("objective.max_turns=2", "objective.max_new_tokens=100", "precision=fp32"),
+)
+ON_POLICY = (
+    *(
+        "objective=distill",
+        "objective.teacher=../caller",
+        CALLER,
+        "init_layers=1",
+        TEXT,
+        "data.seq_len=48",
+        "precision=fp32",
+    ),
+    *(
+        "objective.student_fraction=0.5",
+        "objective.max_new_tokens=8",
+        "objective.text_prompt_tokens=8",
+        "objective.beta=0.5",
+    ),
+)
 BEST = (
     *("callbacks.checkpoint.best=val/loss", "callbacks.export=best", "callbacks.checkpoint.keep=1"),
     *("callbacks.early_stopping.patience=2", "callbacks.early_stopping.min_delta=10", "optimizer.lr=0.1"),
@@ -63,6 +95,11 @@ KINDS = {
     "mixture-ddp": (*MIXTURE, *DDP),
     "best": (TEXT, *BEST),
     "best-pieces": (TEXT, *BEST, *FSDP, *PIECES),
+    "calculator": CALCULATOR,
+    "calculator-ddp": (*CALCULATOR, *DDP),
+    "curriculum": (*GRPO, "objective.curriculum=0.5", "objective.pass_score=0.1", "objective.dynamic_sampling=2"),
+    "on-policy": ON_POLICY,
+    "on-policy-ddp": (*ON_POLICY, *DDP),
 }
 TIMES = {"train/tokens_per_sec", "train/data_wait", "train/mfu", "train/memory_gib", "train/rollout_seconds"}
 REWARD = """
@@ -85,7 +122,10 @@ class Case(NamedTuple):
         )
 
 
-OPTIONS = {**KINDS, "quick": (*KINDS["bpe"], "trainer.val_check_interval=5")}
+OPTIONS = {
+    kind: (*SMALL, *(() if CALLER in own else NEW), *own)
+    for kind, own in {**KINDS, "quick": (*KINDS["bpe"], "trainer.val_check_interval=5")}.items()
+}
 
 
 def draws() -> list[Case]:
@@ -94,7 +134,9 @@ def draws() -> list[Case]:
     numbers = []
     for kind, options in KINDS.items():
         stages = ["preparation", "training", "validation", "checkpoint", "export", TORN, "time", "beginning", "finish"]
-        stages += ["rollout"] * ("objective.group_size=4" in options) + ["samples"] * (kind == "tensorboard")
+        stages += ["rollout"] * bool({"objective.group_size=4", "objective.student_fraction=0.5"} & {*options}) + [
+            "samples"
+        ] * (kind == "tensorboard")
         draw.shuffle(stages)
         ranks = range(2 if TWO[0] in options else 1)
         for length in (1, 1, 3):
@@ -143,7 +185,10 @@ def whole(killer: Killer) -> Callable[[str], Whole]:
     def get(kind: str) -> Whole:
         if kind not in done:
             folder = killer.folder / kind
-            ended = killer.run(folder, *SMALL, *OPTIONS[kind], "hydra.run.dir=run", counts=True)
+            if CALLER in OPTIONS[kind] and not (killer.folder / "caller").exists():
+                learned = killer.run(killer.folder, *write_untrained(killer.folder), "hydra.run.dir=caller")
+                assert learned.status == 0, learned.out
+            ended = killer.run(folder, *OPTIONS[kind], "hydra.run.dir=run", counts=True)
             assert ended.status == 0, ended.out
             done[kind] = Whole(folder, ended.counts, ended.seconds)
         return done[kind]
@@ -164,7 +209,7 @@ def test_a_killed_run_that_is_taken_up_is_the_undisturbed_one(case: Case, killer
 
 def assert_survives(case: Case, killer: Killer, expected: Whole) -> None:
     """The run is killed at each moment of the case, taken up in between and at last, and then equals the expected one."""
-    folder, arguments = killer.folder / f"{case}", (*SMALL, *OPTIONS[case.kind], "resume=auto", "hydra.run.dir=run")
+    folder, arguments = killer.folder / f"{case}", (*OPTIONS[case.kind], "resume=auto", "hydra.run.dir=run")
     for stage, share, rank in zip(case.stages, case.shares, case.ranks, strict=True):
         if stage == "time":
             when = {"seconds": share * expected.seconds, "rank": rank}
