@@ -229,7 +229,9 @@ def peers(checkpoint: str, options: argparse.Namespace) -> dict[str, list[str]]:
         found["llama.cpp"] = ["-m", "llama_cpp.server", *arguments, f"--port={free_port()}"]
     if options.transformers:
         script = str(Path(sys.executable).with_name("transformers"))
-        for name, extra in {"transformers": [], "its batching": ["--continuous-batching"]}.items():
+        # without a bound its blocks take most of the memory of the machine
+        batching = ["--continuous-batching", "--cb-num-blocks=1024", "--cb-block-size=32", "--cb-max-batch-tokens=256"]
+        for name, extra in {"transformers": [], "its batching": batching}.items():
             found[name] = [script, "serve", checkpoint, "--dtype=float32", *extra, f"--port={free_port()}"]
     return found
 
