@@ -30,6 +30,7 @@ from genai_pl.modules.rollout import (
     micro_batches,
     restore_order,
 )
+from genai_pl.modules.rollout_policy import rollout_policy
 from genai_pl.modules.step_rewards import AGGREGATES, DENSE, StepScores, step_tensors
 from genai_pl.objectives import SpecialTokens, token_entropy
 from genai_pl.objectives.grpo import overlong_penalty
@@ -194,8 +195,8 @@ class RolloutModule(BaseModule):
         columns = [row for row in batch["columns"] for _ in range(copies)]
         raw_prompts = [prompt for prompt in batch["raw_prompts"] for _ in range(copies)]  # text or messages
         # sample
-        with self.unsharded_model():
-            rollout = generate_rollout(self.model, batch["prompts"], self.sampling, **options)
+        with self.unsharded_model(), rollout_policy(self.model) as policy:
+            rollout = generate_rollout(policy, batch["prompts"], self.sampling, **options)
         # score
         without_end = [row[:-1] if row[-1] in ends else row for row in rollout.completions]  # an end token is no text
         prompt_texts, completion_texts = ([self.decode(row) for row in rows] for rows in (prompts, without_end))
@@ -225,9 +226,9 @@ class RolloutModule(BaseModule):
         )
         pairs = zip(batch["columns"], batch["raw_prompts"], strict=True)
         rows = [{**columns, "prompt": prompt} for columns, prompt in pairs]
-        with self.unsharded_model():
+        with self.unsharded_model(), rollout_policy(self.model) as policy:
             options = {**options, "decode": self.decode}
-            rollout, prompts = play_episodes(self.model, rows, self.environment, rules, self.sampling, **options)
+            rollout, prompts = play_episodes(policy, rows, self.environment, rules, self.sampling, **options)
         scores = rollout.turn_rewards.sum(1) - self.penalties(rollout)
         texts = [[self.decode(row) for row in rows] for rows in (prompts, rollout.completions)]
         return ScoredRollout(rollout, *texts, scores)
