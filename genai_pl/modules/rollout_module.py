@@ -252,8 +252,10 @@ class RolloutModule(BaseModule):
         return torch.where(rollout.mask, outputs["old_logprobs"] - outputs["reference_logprobs"], 0).sum(1)
 
     @torch.no_grad()
-    def rollout_logprobs(self, rollout: Rollout) -> Experience:
+    def rollout_logprobs(self, rollout: Rollout, *, of_policy: bool = True) -> Experience:
         """Values (N, L) of the completion tokens: `old_logprobs`, `reference_logprobs`, `entropy`, and `extra_outputs`.
+
+        of_policy: False for the reference's alone, where the pass that learns measures the policy.
 
         "Old" is the policy that generated the rollout: it is measured before the first update, by a forward pass like
         those of training, because log-probabilities taken while sampling differ by the rounding of another kernel, and
@@ -262,12 +264,12 @@ class RolloutModule(BaseModule):
         rows = {**rollout.batch, "token_positions": rollout.token_positions}
         row_indices, parts = [], []
         for indices, micro_batch in micro_batches(rows, self.rows_at_once(rows)):
-            hidden = self.features(micro_batch)
-            outputs = {
-                "entropy": self.entropy(hidden, micro_batch["labels"]),
-                **self.extra_outputs(micro_batch, hidden),
-            }
-            outputs["old_logprobs"] = token_logprobs(self.model, micro_batch, hidden=hidden)
+            outputs: Experience = {}
+            if of_policy:
+                hidden = self.features(micro_batch)
+                outputs["entropy"] = self.entropy(hidden, micro_batch["labels"])
+                outputs |= self.extra_outputs(micro_batch, hidden)
+                outputs["old_logprobs"] = token_logprobs(self.model, micro_batch, hidden=hidden)
             with self.reference.of(self.model) as model:
                 outputs["reference_logprobs"] = token_logprobs(model, micro_batch)
             row_indices.append(indices)

@@ -48,7 +48,8 @@ def test_its_tokens_are_those_of_the_model_which_stays_as_it_was(kind: str, adap
     ids = torch.randint(3, 50, (3, 9))
     expected = generate(copy.deepcopy(model).double(), ids, GREEDY)
     with rollout_policy(model) as policy:
-        assert policy.fused.step is not None and not any(p.requires_grad for p in policy.parameters())
+        assert policy.fused.step is not None
+        assert not any(p.requires_grad for p in policy.parameters())
         assert torch.equal(generate(policy, ids, GREEDY), expected)
     assert all(module.training for module in model.modules())
     assert [p.requires_grad for p in model.parameters()] == learned
