@@ -34,6 +34,7 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 /* `kind` and other parameters that are const are known where a function is inlined: each combination becomes code of its own */
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 4")
+#define UNROLL_ALL _Pragma("GCC unroll 32")
 
 /* bytes of `n` weights of a row that begins at one of them; those of 4 bits come in whole groups */
 INLINE size_t bytes_of(const int kind, long n) {
@@ -220,9 +221,83 @@ INLINE void tile(const int kind, const float *x, const char *w, long in, const f
 enum { TILE = 1 };
 #endif
 
-/* y (n, out) of x (n, in) and W (out, in) of the kind, for channels from `first` up to `last` */
+/* More than eight rows are turned into columns, sixteen rows side by side: (groups, in, 16). Then a vector holds one number of
+ * each row, a weight multiplies all of them at once, and nothing is added across a vector. Weights become floats once for
+ * all rows, a part of some channels at a time, in a cache. */
+enum { ROWS = 8, SIDE = 16, GROUPS = 4, PART = 64 }; /* GROUPS of SIDE rows at most; weights of a channel that are floats at a time */
+#if defined(__AVX512F__)
+enum { ABREAST = 24 }; /* channels, with a sum of SIDE floats each: in 32 registers of 16 */
+#else
+enum { ABREAST = 6 }; /* in 16 registers of 8, or 32 of 4 */
+#endif
+typedef float side __attribute__((vector_size(4 * SIDE), aligned(4)));
+
+/* floats of the columns of n rows */
+long columns_memory(long n, long in) { return n > ROWS ? (n + SIDE - 1) / SIDE * SIDE * in : 0; }
+
+/* columns of n rows x (n, in), from `first` up to `last` of each row, zeros for rows that a group lacks */
+static void turn(const float *x, float *columns, long n, long in, long first, long last) {
+    for (long row = 0; row < (n + SIDE - 1) / SIDE * SIDE; row++) {
+        float *lane = columns + row / SIDE * in * SIDE + row % SIDE;
+        for (long i = first; i < last; i++) lane[i * SIDE] = row < n ? x[row * in + i] : 0.0f;
+    }
+}
+
+/* part (channels, PART): weights from number i of the channels w, w + row_bytes, ..., `count` of each, as floats */
+INLINE void fill(const int kind, const char *w, long channels, long i, long count, float *part, size_t row_bytes) {
+    for (long q = 0; q < channels; q++, w += row_bytes, part += PART) {
+        long k = 0;
+        for (; k + LANES <= count; k += LANES) *(floats *)(part + k) = load(kind, w, i + k);
+        for (; k < count; k++) part[k] = load_one(kind, w, i + k);
+    }
+}
+
+/* sums (ABREAST, SIDE) += columns (count, SIDE) times part (ABREAST, PART), for each column all channels. next: weights that
+ * follow, fetched a line of each channel after another: as fast as others are multiplied, since at once is not in time */
+static void add_part(const float *columns, const float *part, long count, const char *next, size_t row_bytes, float *sums) {
+    const char *end = next + ABREAST * row_bytes;
+    side sum[ABREAST] = {{0}};
+    for (long k = 0; k < count; k++) {
+        const side column = *(const side *)(columns + k * SIDE);
+        UNROLL for (int i = 0; i < 2; i++) {
+            __builtin_prefetch(next, 0, 2);
+            next += row_bytes;
+            if (next >= end) next -= ABREAST * row_bytes - 64;
+        }
+        UNROLL_ALL for (int q = 0; q < ABREAST; q++) sum[q] += column * part[q * PART + k];
+    }
+    UNROLL_ALL for (int q = 0; q < ABREAST; q++) *(side *)(sums + q * SIDE) += sum[q];
+}
+
+/* `channels` of n rows that are columns */
+INLINE void channels_abreast(const int kind, const float *columns, const char *weight, const float *scales, const float *bias,
+                             float *y, long n, long out, long in, long first, long last) {
+    const size_t row_bytes = bytes_of(kind, in);
+    float part[ABREAST * PART] __attribute__((aligned(64))) = {0}, sums[GROUPS][ABREAST * SIDE] __attribute__((aligned(64)));
+    for (long o = first; o < last; o += ABREAST) {
+        const long some = last - o < ABREAST ? last - o : ABREAST;
+        const char *w = weight + o * row_bytes;
+        memset(sums, 0, sizeof sums);
+        for (long i = 0; i < in; i += PART) {
+            const long count = in - i < PART ? in - i : PART;
+            const char *next = i + PART < in ? w + bytes_of(kind, i + PART) : w + ABREAST * row_bytes;
+            fill(kind, w, some, i, count, part, row_bytes);
+            for (long group = 0; group * SIDE < n; group++)
+                add_part(columns + (group * in + i) * SIDE, part, count, next, row_bytes, sums[group]);
+        }
+        for (long row = 0; row < n; row++)
+            for (long q = 0; q < some; q++)
+                y[row * out + o + q] = sums[row / SIDE][q * SIDE + row % SIDE] * (scales ? scales[o + q] : 1.0f) + (bias ? bias[o + q] : 0.0f);
+    }
+}
+
+/* y (n, out) of x (n, in), or its columns for more than ROWS, and W (out, in) of the kind, for channels from `first` up to `last` */
 INLINE void channels(const int kind, const float *x, const char *weight, const float *scales, const float *bias, float *y,
                      long n, long out, long in, long first, long last) {
+    if (n > ROWS) {
+        channels_abreast(kind, x, weight, scales, bias, y, n, out, in, first, last);
+        return;
+    }
     const size_t row_bytes = bytes_of(kind, in);
     long o = first;
 #if defined(__AVX512F__)
@@ -241,7 +316,7 @@ INLINE void channels(const int kind, const float *x, const char *weight, const f
         channel(kind, x, weight + o * row_bytes, n, in, scales ? scales[o] : 1.0f, bias ? bias[o] : 0.0f, y + o, out);
 }
 
-/* channels from `first` up to `last` of y (n, out) = x (n, in) W^T of the kind, times scales (out), plus bias (out), plus
+/* channels from `first` up to `last` of y (n, out) = x (n, in) W^T of the kind (x: columns for more than ROWS), times scales (out), plus bias (out), plus
  * more (n, out); each of the last three may be NULL */
 static void some_channels(int kind, const float *x, const char *weight, const float *scales, const float *bias, const float *more,
                           float *y, long n, long out, long in, long first, long last) {
@@ -260,13 +335,21 @@ static long share_of(long out, long threads) { return (out / threads + TILE) / T
 
 static long lesser(long a, long b) { return a < b ? a : b; }
 
-/* `some_channels` of all channels, divided among threads */
+/* `some_channels` of all channels, divided among threads; memory: `columns_memory` floats */
 void product(int kind, const float *x, const char *weight, const float *scales, const float *bias, const float *more, float *y,
-             long n, long out, long in, int threads) {
+             float *memory, long n, long out, long in, int threads) {
     const long share = share_of(out, threads);
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-    for (long part = 0; part < threads; part++)
-        some_channels(kind, x, weight, scales, bias, more, y, n, out, in, lesser(part * share, out), lesser((part + 1) * share, out));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        if (n > ROWS) {
+#pragma omp for schedule(static, 1)
+            for (long part = 0; part < threads; part++) turn(x, memory, n, in, in * part / threads, in * (part + 1) / threads);
+        }
+#pragma omp for schedule(static, 1)
+        for (long part = 0; part < threads; part++)
+            some_channels(kind, n > ROWS ? memory : x, weight, scales, bias, more, y, n, out, in, lesser(part * share, out),
+                          lesser((part + 1) * share, out));
+    }
 }
 
 /* y (out, in) in float32: weights of a kind, without scales (NULL) or times those of each channel */
