@@ -137,7 +137,7 @@ class DecodeStep:
         """True for inputs of a step: float32 throughout, one token of each of few rows, heads of the cache side by side."""
         B, T, _ = x.shape
         floats = x.dtype is past.k.dtype is torch.float32 and x.is_contiguous()
-        return floats and T == 1 and B <= self.most_rows and past.k.stride()[3:] == (self.shape.D, 1)
+        return floats and T == 1 and self.most_rows >= B and past.k.stride()[3:] == (self.shape.D, 1)
 
 
 def _layer(layer: StepLayer) -> _Layer:
