@@ -33,8 +33,11 @@ def rollout_policy(model: nn.Module) -> Iterator[nn.Module]:
         yield model
         return
     policy = merged_copy(model).eval()
-    prepare_for_decoding(policy, product=products_of(torch.float32)[0])
-    yield policy
+    try:
+        prepare_for_decoding(policy, product=products_of(torch.float32)[0])
+        yield policy
+    finally:
+        vars(policy).clear()  # its parts refer to each other: else their memory would wait for the garbage collector
 
 
 def _is_mergeable(model: nn.Module) -> bool:

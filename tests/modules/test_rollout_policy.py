@@ -1,6 +1,8 @@
 """Rollouts sample from a copy with merged adapters: its tokens are the model's, which stays as it was."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -71,6 +73,19 @@ def test_memory_that_no_adapter_changes_is_shared() -> None:
     model = trained("gpt2", "none")
     with rollout_policy(model) as policy:
         assert policy.blocks[0].mlp.up_proj.packed.weight.data_ptr() == model.blocks[0].mlp.up_proj.weight.data_ptr()
+
+
+def test_no_memory_is_left_to_the_garbage_collector() -> None:
+    model = trained("llama", "lora")
+    gc.collect()
+    gc.disable()
+    try:
+        with rollout_policy(model) as policy:
+            packed = weakref.ref(policy.blocks[0].attention.o_proj.packed.weight)
+            generate(policy, torch.randint(3, 50, (2, 5)), GREEDY)
+        assert packed() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("case", ["autocast", "16 bits", "codes", "prompt", "prefix", "bottleneck", "gemma3"])
