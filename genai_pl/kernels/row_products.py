@@ -33,7 +33,7 @@ from genai_pl.kernels.nf4 import NF4, from_nf4, to_nf4
 log = logging.getLogger(__name__)
 
 PRODUCTS = Path(__file__).with_suffix(".c")
-SOURCE = PRODUCTS.with_name("decode_step.c")  # which includes that of the products
+SOURCE = PRODUCTS.with_name("decode_step.c")  # which includes that of the products, and that weights.c
 Kind = torch.dtype | str  # of weights; torch has no dtype for "nf4"
 KINDS: dict[Kind, int] = {
     torch.float32: 0,
@@ -42,7 +42,7 @@ KINDS: dict[Kind, int] = {
     torch.int4: 3,
     "nf4": 4,
 }  # as in the source
-MANY = 64  # rows at most of a compiled product (GROUPS * SIDE in the source)
+MANY = 64  # rows at most of a compiled product (as in the source)
 FEW = 16  # the same where torch's products of matrices have instructions for 16 bits
 SMALL = 1 << 16  # weights of a matrix that one thread reads before a second one has begun
 CACHED = 1 << 17  # weights that are widened at a time for a product of many rows
@@ -225,7 +225,7 @@ def _build() -> Path:
     # torch's own OpenMP, so that both share one team of threads
     openmp = [str(file) for file in Path(torch.__file__).parent.glob("lib/libgomp*")]
     command = [compiler, "-O3", native, "-fopenmp", "-shared", "-fPIC", str(SOURCE), *openmp, "-lm", "-o"]
-    sources = [path.read_text() for path in (SOURCE, PRODUCTS)]
+    sources = [path.read_text() for path in sorted(SOURCE.parent.glob("*.c"))]
     key = hashlib.sha256("\n".join([*sources, *command, *_processor()]).encode()).hexdigest()
     folder, name = _folder(), f"{PRODUCTS.stem}-{key[:24]}"
     found = next((path for path in folder.glob(f"{name}-*.so") if _is_whole(path)), None)
