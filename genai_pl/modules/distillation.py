@@ -261,7 +261,7 @@ class DistillModule(CausalLMModule):
             if not prompts:
                 return None
             options = {"generator": generator, "ends": ends, "pad": self.vocabulary.pad}
-            with rollout_policy(self.model) as policy:
+            with rollout_policy(self.model, self.sampling.max_new_tokens) as policy:
                 return generate_rollout(policy, prompts, self.sampling, **options).batch
 
     def _sums(self, batch: Batch, taught: TaughtRows, loss: Tensor, losses: Tensor) -> Metrics:

@@ -195,7 +195,7 @@ class RolloutModule(BaseModule):
         columns = [row for row in batch["columns"] for _ in range(copies)]
         raw_prompts = [prompt for prompt in batch["raw_prompts"] for _ in range(copies)]  # text or messages
         # sample
-        with self.unsharded_model(), rollout_policy(self.model) as policy:
+        with self.unsharded_model(), rollout_policy(self.model, self.sampling.max_new_tokens) as policy:
             rollout = generate_rollout(policy, batch["prompts"], self.sampling, **options)
         # score
         without_end = [row[:-1] if row[-1] in ends else row for row in rollout.completions]  # an end token is no text
@@ -226,7 +226,8 @@ class RolloutModule(BaseModule):
         )
         pairs = zip(batch["columns"], batch["raw_prompts"], strict=True)
         rows = [{**columns, "prompt": prompt} for columns, prompt in pairs]
-        with self.unsharded_model(), rollout_policy(self.model) as policy:
+        longest = self.max_turns * self.sampling.max_new_tokens
+        with self.unsharded_model(), rollout_policy(self.model, longest) as policy:
             options = {**options, "decode": self.decode}
             rollout, prompts = play_episodes(policy, rows, self.environment, rules, self.sampling, **options)
         scores = rollout.turn_rewards.sum(1) - self.penalties(rollout)

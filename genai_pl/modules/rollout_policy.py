@@ -22,14 +22,17 @@ from genai_pl.peft.merge import merged_copy
 from genai_pl.peft.targets import base_module
 
 
+WORTH = 16  # tokens of a completion: the copy takes the time that some eight steps of sixteen rows save
+
+
 @contextmanager
-def rollout_policy(model: nn.Module) -> Iterator[nn.Module]:
+def rollout_policy(model: nn.Module, n_tokens: int) -> Iterator[nn.Module]:
     """A context that yields what to sample from: a copy for decoding where there can be one, or the model itself.
 
-    The copy is in evaluation mode and shares what memory it can; it must not be used after the context. Always the same
+    n_tokens: of the longest completion, all its turns together. The copy is in evaluation mode and shares what memory it can; it must not be used after the context. Always the same
     product, since a probe could choose another one after a resume, which would sample other tokens.
     """
-    if not _is_mergeable(model):
+    if n_tokens < WORTH or not _is_mergeable(model):
         yield model
         return
     policy = merged_copy(model).eval()

@@ -12,7 +12,7 @@ from genai_pl import peft
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.generation.decode import generate
 from genai_pl.kernels.row_products import is_built
-from genai_pl.modules.rollout_policy import rollout_policy
+from genai_pl.modules.rollout_policy import WORTH, rollout_policy
 from tests.models.test_packed_linear import build
 
 GREEDY = GenerationConfig(max_new_tokens=8, temperature=0.0)
@@ -49,7 +49,7 @@ def test_its_tokens_are_those_of_the_model_which_stays_as_it_was(kind: str, adap
     learned = [p.requires_grad for p in model.parameters()]
     ids = torch.randint(3, 50, (3, 9))
     expected = generate(copy.deepcopy(model).double(), ids, GREEDY)
-    with rollout_policy(model) as policy:
+    with rollout_policy(model, WORTH) as policy:
         assert policy.fused.step is not None
         assert not any(p.requires_grad for p in policy.parameters())
         assert torch.equal(generate(policy, ids, GREEDY), expected)
@@ -61,17 +61,17 @@ def test_its_tokens_are_those_of_the_model_which_stays_as_it_was(kind: str, adap
         for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             parameter.mul_(-1)
     expected = generate(copy.deepcopy(model).double(), ids, GREEDY)
-    with rollout_policy(model) as policy:
+    with rollout_policy(model, WORTH) as policy:
         assert torch.equal(generate(policy, ids, GREEDY), expected)
 
 
 def test_memory_that_no_adapter_changes_is_shared() -> None:
     model = trained("llama", "lora")
-    with rollout_policy(model) as policy:
+    with rollout_policy(model, WORTH) as policy:
         assert policy.embed.table.data_ptr() == model.embed.weight.data_ptr()
         assert policy.norm.weight.data_ptr() == model.norm.weight.data_ptr()
     model = trained("gpt2", "none")
-    with rollout_policy(model) as policy:
+    with rollout_policy(model, WORTH) as policy:
         assert policy.blocks[0].mlp.up_proj.packed.weight.data_ptr() == model.blocks[0].mlp.up_proj.weight.data_ptr()
 
 
@@ -80,12 +80,18 @@ def test_no_memory_is_left_to_the_garbage_collector() -> None:
     gc.collect()
     gc.disable()
     try:
-        with rollout_policy(model) as policy:
+        with rollout_policy(model, WORTH) as policy:
             packed = weakref.ref(policy.blocks[0].attention.o_proj.packed.weight)
             generate(policy, torch.randint(3, 50, (2, 5)), GREEDY)
         assert packed() is None
     finally:
         gc.enable()
+
+
+def test_few_tokens_are_not_worth_a_copy() -> None:
+    model = trained("llama", "lora")
+    with rollout_policy(model, WORTH - 1) as policy:
+        assert policy is model
 
 
 @pytest.mark.parametrize("case", ["autocast", "16 bits", "codes", "prompt", "prefix", "bottleneck", "gemma3"])
@@ -97,5 +103,5 @@ def test_models_that_cannot_be_merged_exactly_sample_themselves(case: str) -> No
         model = model.bfloat16()
     elif case == "codes":
         model = peft.lora(model, quantize="int8")
-    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"), rollout_policy(model) as policy:
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"), rollout_policy(model, WORTH) as policy:
         assert policy is model
