@@ -21,7 +21,6 @@ from genai_pl.peft.adapter_layers import WeightAdapter
 from genai_pl.peft.merge import merged_copy
 from genai_pl.peft.targets import base_module
 
-
 WORTH = 16  # tokens of a completion: the copy takes the time that some eight steps of sixteen rows save
 
 
@@ -29,8 +28,9 @@ WORTH = 16  # tokens of a completion: the copy takes the time that some eight st
 def rollout_policy(model: nn.Module, n_tokens: int) -> Iterator[nn.Module]:
     """A context that yields what to sample from: a copy for decoding where there can be one, or the model itself.
 
-    n_tokens: of the longest completion, all its turns together. The copy is in evaluation mode and shares what memory it can; it must not be used after the context. Always the same
-    product, since a probe could choose another one after a resume, which would sample other tokens.
+    n_tokens: of the longest completion, all its turns together. The copy is in evaluation mode and shares what memory it can;
+    it must not be used after the context. Always the same product, since a probe could choose another one after a resume,
+    which would sample other tokens.
     """
     if n_tokens < WORTH or not _is_mergeable(model):
         yield model
