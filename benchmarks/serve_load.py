@@ -99,7 +99,7 @@ async def ask(client: httpx.AsyncClient, prompt: list[int], n: int, seed: int, o
                 if event.get("usage"):
                     outcome.n_tokens += event["usage"]["completion_tokens"]
     except httpx.HTTPError as error:
-        outcome.errors.append(repr(error))
+        outcome.errors.append(f"/v1/completions after {time.monotonic() - begun:.0f} s: {error!r}")
         await asyncio.sleep(0.2)  # a server that is down would be asked for ever
 
 
@@ -113,14 +113,15 @@ async def ask_whole(client: httpx.AsyncClient, prompt: list[int], n: int, seed: 
         ("/score", {"text": [text] * 4}),
     ]
     path, body = kinds[seed // 2 % len(kinds)]
+    begun = time.monotonic()
     try:
         reply = await client.post(path, json=body)
         known = reply.status_code == 200 or (reply.status_code == 400 and "chat template" in reply.text)
         if not known:
-            raise httpx.HTTPError(f"{path}: {reply.status_code} {reply.text[:100]}")
+            raise httpx.HTTPError(f"{reply.status_code} {reply.text[:100]}")
         outcome.n_tokens += reply.json().get("usage", {}).get("completion_tokens", 0)
     except httpx.HTTPError as error:
-        outcome.errors.append(repr(error))
+        outcome.errors.append(f"{path} after {time.monotonic() - begun:.0f} s: {error!r}")
         await asyncio.sleep(0.2)
 
 

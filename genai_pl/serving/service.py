@@ -22,7 +22,7 @@ from genai_pl.evaluation.embeddings import find_sentence_head
 from genai_pl.evaluation.labels import is_reward_model
 from genai_pl.generation import build_output_constraints, encode_prompt
 from genai_pl.loading import Loaded, load, refuse_twice, resolve_adapter
-from genai_pl.models import prepare_for_decoding
+from genai_pl.models import move_to, prepare_for_decoding
 from genai_pl.models.onnx.model import is_onnx
 from genai_pl.serving.adapters import ServedAdapters
 from genai_pl.serving.answer_streams import Answer, RecordingStream, decode_answer, is_repeatable, request_key
@@ -65,7 +65,7 @@ class Service:
         device = choose_device(settings.device)
         if settings.dtype in CODES:
             check_codes(settings.dtype, device)
-        self.model = loaded.model.to(device)
+        self.model = move_to(loaded.model, device, loaded.model.embed.weight.dtype)
         self.tokenizer, self.path = loaded.tokenizer, loaded.path
         config = self.model.config
         self.name = settings.name or name_of(settings.checkpoint, loaded.path)

@@ -20,8 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from genai_pl import signals
 from genai_pl.atomic_io import claimed
-from genai_pl.callbacks import MetricsCSV, step_of
-from genai_pl.callbacks.monitor import products_dtype
+from genai_pl.callbacks import MetricsCSV, products_dtype, step_of
 from genai_pl.config.redaction import redact
 from genai_pl.errors import ConfigError
 from genai_pl.modules.base import n_replicas
@@ -176,7 +175,8 @@ def print_summary(config: DictConfig, run: Run, checkpoint: Path | None) -> None
             print(describe_resume(checkpoint))
         print(f"data        {redact(run.data.summary())}")
         dtype = products_dtype(run.precision.lightning)
-        print(*describe_model(model, device, dtype=dtype, seq_len=run.data.seq_len), step, sep="\n")
+        options = {"dtype": dtype, "seq_len": run.data.seq_len, "probes": device.type == "cuda"}
+        print(*describe_model(model, device, **options), step, sep="\n")
         print(describe_length(run.length, warmup_of(module.schedule)))
         if line := default_line(config.optimizer.lr, HydraConfig.get().runtime.choices.optimizer, TYPED_ARGUMENTS):
             print(line)

@@ -98,7 +98,7 @@ def test_two_processes_take_the_steps_of_one_on_what_greedy_decoding_writes(obje
     train(folder, *greedy, WHOLE, f"hydra.run.dir={objective}-one")
     train(folder, *greedy, HALF, *FSDP, f"hydra.run.dir={objective}-two")
     names = (*SAME, "loss/value") if objective == "ppo" else SAME
-    assert_same(folder / f"{objective}-two", folder / f"{objective}-one", names=names, rounding=1e-6)
+    assert_same(folder / f"{objective}-two", folder / f"{objective}-one", names=names, rounding=1e-5)
 
 
 @pytest.mark.slow
