@@ -180,7 +180,9 @@ def build_callbacks(
     best, stop = choose_best(config, folder / "checkpoints", measured), choose_early_stop(config, measured)
     watches = {name: watch for name, watch in {"best": best, "early_stop": stop}.items() if watch}
     callbacks |= watches
-    callbacks["checkpoints"] = cb.StepCheckpoint(str(folder / "checkpoints"), **intervals, best=best)
+    address = settings.checkpoint.dirpath
+    kept = {"best": best, "mirror": None if address is None else cb.Mirror(folder, address)}
+    callbacks["checkpoints"] = cb.StepCheckpoint(str(folder / "checkpoints"), **intervals, **kept)
     wants_samples = model.config.writes and settings.samples.every_n_steps
     if wants_samples and gathers:
         prompts = list(settings.samples.prompts or ())
