@@ -33,13 +33,14 @@ from genai_pl.training.default_optimizer import default_line
 from genai_pl.training.fit import Run, best_of, describe_saved, final_metrics, finish, fit
 from genai_pl.training.hydra_job import is_search_job, job_sweep, resume_arguments, shown_path
 from genai_pl.training.length import describe_length, warmup_of
+from genai_pl.training.library_messages import silence_libraries
 from genai_pl.training.notify import notifying
 from genai_pl.training.report import describe_model, describe_rollout, describe_step, texts_of_row
 from genai_pl.training.resume import TYPED_ARGUMENTS, choose_checkpoint, describe_resume
 from genai_pl.training.run_folder import check_settings_unchanged, keep_run_folder, resume_constraints, write_settings
 from genai_pl.training.run_report import write_run_report
 from genai_pl.training.sweeps import Outcome, read_results
-from genai_pl.training.trainer import checkpoint_contents, silence_libraries
+from genai_pl.training.trainer import checkpoint_contents
 from genai_pl.training.watched_metrics import describe_watched
 
 log = logging.getLogger(__name__)
