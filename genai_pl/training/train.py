@@ -20,8 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from genai_pl import signals
 from genai_pl.atomic_io import claimed
-from genai_pl.callbacks import MetricsCSV, Mirror, step_of
-from genai_pl.callbacks.monitor import products_dtype
+from genai_pl.callbacks import MetricsCSV, Mirror, products_dtype, step_of
 from genai_pl.config.redaction import redact
 from genai_pl.errors import ConfigError, TrainingError
 from genai_pl.modules.base import n_replicas
@@ -34,13 +33,14 @@ from genai_pl.training.default_optimizer import default_line
 from genai_pl.training.fit import Run, best_of, describe_saved, final_metrics, finish, fit
 from genai_pl.training.hydra_job import is_search_job, job_sweep, resume_arguments, shown_path
 from genai_pl.training.length import describe_length, warmup_of
+from genai_pl.training.library_messages import silence_libraries
 from genai_pl.training.notify import notifying
 from genai_pl.training.report import describe_model, describe_rollout, describe_step, texts_of_row
 from genai_pl.training.resume import TYPED_ARGUMENTS, choose_checkpoint, describe_resume
 from genai_pl.training.run_folder import check_settings_unchanged, keep_run_folder, resume_constraints, write_settings
 from genai_pl.training.run_report import write_run_report
 from genai_pl.training.sweeps import Outcome, read_results
-from genai_pl.training.trainer import checkpoint_contents, silence_libraries
+from genai_pl.training.trainer import checkpoint_contents
 from genai_pl.training.watched_metrics import describe_watched
 
 log = logging.getLogger(__name__)
@@ -198,7 +198,8 @@ def print_summary(config: DictConfig, run: Run, checkpoint: Path | None) -> None
             print(describe_resume(checkpoint))
         print(f"data        {redact(run.data.summary())}")
         dtype = products_dtype(run.precision.lightning)
-        print(*describe_model(model, device, dtype=dtype, seq_len=run.data.seq_len), step, sep="\n")
+        options = {"dtype": dtype, "seq_len": run.data.seq_len, "probes": device.type == "cuda"}
+        print(*describe_model(model, device, **options), step, sep="\n")
         print(describe_length(run.length, warmup_of(module.schedule)))
         if line := default_line(config.optimizer.lr, HydraConfig.get().runtime.choices.optimizer, TYPED_ARGUMENTS):
             print(line)
