@@ -37,19 +37,19 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object], *, keep: bool = False) -> None:
     """Let `write` fill a temporary file or folder beside `path`, then flush it and rename it to `path`.
 
     On failure the temporary is removed and the old contents stay. What a killed writer left on this machine is
     removed first. A folder takes two renames to replace; killed between them, the old one keeps a hidden name,
     and the next writer renames it back. An error of the operating system becomes an OSError that names `path`,
-    whichever library raised it.
+    whichever library raised it. keep: a folder that another process has put there meanwhile stays, and ours is removed.
     """
     temporary = open_temporary(path)
     try:
         with naming(path):
             write(temporary)
-            commit(temporary, path)
+            commit(temporary, path, keep=keep)
     finally:
         _remove(temporary)
         UNFINISHED.discard(temporary)
@@ -116,11 +116,14 @@ def open_temporary(path: Path) -> Path:
     return temporary
 
 
-def commit(temporary: Path, path: Path) -> None:
-    """Flush the file or folder, rename it to `path`, and flush the directory entry."""
+def commit(temporary: Path, path: Path, *, keep: bool = False) -> None:
+    """Flush the file or folder, rename it to `path`, and flush the directory entry; keep: as of `write_atomic`."""
     for part in [temporary, *temporary.rglob("*")]:
         _sync(part)
-    _replace(path, temporary)
+    if keep:
+        _put(temporary, path)
+    else:
+        _replace(path, temporary)
     UNFINISHED.discard(temporary)
     _sync(path.parent)
 
@@ -128,6 +131,16 @@ def commit(temporary: Path, path: Path) -> None:
 def remove_unfinished() -> None:
     """Remove the temporaries of this process: for a signal handler that ends it without unwinding."""
     for temporary in list(UNFINISHED):
+        _remove(temporary)
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Rename the temporary folder to `path`, unless there is one that has something in it."""
+    try:
+        temporary.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
         _remove(temporary)
 
 

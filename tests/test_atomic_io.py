@@ -81,6 +81,16 @@ def test_a_failed_writer_leaves_the_old_path_whole_and_nothing_else(kind: str, e
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_of_two_writers_of_a_new_folder_the_first_one_stays(tmp_path: Path):
+    def write(path: Path) -> None:
+        put_folder("second")(path)
+        put_folder("first")(tmp_path / "new")  # meanwhile, by another process
+
+    write_atomic(tmp_path / "new", write, keep=True)
+    assert (tmp_path / "new" / "deep" / "file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
 def test_a_failed_rename_gives_the_old_folder_its_name_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "model"
     put_folder("old")(path)

@@ -11,6 +11,7 @@ from genai_pl.callbacks.divergence import Divergence, LossWatch
 from genai_pl.callbacks.ema import EMA
 from genai_pl.callbacks.interrupt import Interrupt
 from genai_pl.callbacks.metrics_csv import MetricsCSV
+from genai_pl.callbacks.mirror import Mirror
 from genai_pl.callbacks.monitor import Monitor, memory_gib, products_dtype
 from genai_pl.callbacks.profile import Profile
 from genai_pl.callbacks.samples import Samples
@@ -28,6 +29,7 @@ __all__ = [
     "Interrupt",
     "LossWatch",
     "MetricsCSV",
+    "Mirror",
     "Monitor",
     "Profile",
     "Samples",

@@ -83,9 +83,26 @@ def parse_number(value: object, place: Place) -> float:
             value = float(value)
         except ValueError:
             refuse(place, f"{preview(value)} is not a number")
+    if value is None:
+        refuse(place, "missing (null) is not a number: give one, or leave the row out")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         refuse(place, f"{preview(value)} is not a number")
     return float(value)
+
+
+def parse_degree(value: object, place: Place) -> float:
+    """The degree from 0 to 1 of a cell: such a number, or true or false for 1 or 0, as values or as text."""
+    known = LABELS.get(value.strip().lower()) if isinstance(value, str) else value
+    if isinstance(known, bool):
+        return float(known)
+    try:
+        number = parse_number(value, place)
+    except DataError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        given = "missing (null)" if value is None else preview(value)
+        refuse(place, f"{given} is no label: give a number from 0 to 1, or true or false")
+    return number
 
 
 def parse_label(value: object, place: Place) -> bool:

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from genai_pl.config.labels import MULTI, PROBLEM_TYPES, REGRESSION, SINGLE, Labels
 from genai_pl.data.columns import (
     Place,
+    parse_degree,
     parse_json,
     parse_list,
-    parse_number,
     parse_text,
     preview,
     refuse,
@@ -132,13 +132,11 @@ def parse_ranking(record: Record, columns: Sequence[str], place: Place) -> tuple
         isinstance(document, Sequence) and not isinstance(document, str)
     )
     if is_list:
-        documents, labels = parse_list(document, places[1], parse_text), parse_list(label, places[2], parse_number)
+        documents, labels = parse_list(document, places[1], parse_text), parse_list(label, places[2], parse_degree)
     else:
-        documents, labels = [parse_text(document, places[1])], [parse_number(label, places[2])]
+        documents, labels = [parse_text(document, places[1])], [parse_degree(label, places[2])]
     if not documents or len(documents) != len(labels):
         refuse(places[2], f"{len(labels)} numbers for {len(documents)} documents: give each document its relevance")
-    if not all(0 <= value <= 1 for value in labels):
-        refuse(places[2], f"relevance {next(v for v in labels if not 0 <= v <= 1):g} is not between 0 and 1")
     return parse_text(query, places[0]), documents, labels
 
 

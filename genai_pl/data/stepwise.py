@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from genai_pl.config.labels import STEP_LABELS, Labels
 from genai_pl.data import sources
-from genai_pl.data.columns import Place, parse_list, parse_number, parse_text, preview, refuse
+from genai_pl.data.columns import Place, parse_degree, parse_list, parse_text, refuse
 from genai_pl.data.messages import message_texts
 from genai_pl.data.messages_datamodule import TOOLS, MessagesDataModule, parse_prompt, tools_argument
 from genai_pl.data.prompt_tokens import Messages, Tools, encode_prompts
@@ -35,7 +35,8 @@ class StepwiseDataModule(MessagesDataModule):
     """Examples {"input_ids": ids, "labels": numbers}, -100 where no step ends.
 
     prompt, completions, labels: names of the columns; a prompt is text or messages, completions a list of steps, labels one
-    number from 0 to 1, or true or false, for each. step_separator: text after each step. train_on_last_step_only: the other
+    number from 0 to 1, or true or false, for each. Blank steps are left out with their labels, as of completions that a reward
+    divides. step_separator: text after each step. train_on_last_step_only: the other
     labels are not learned. Other arguments: see `TableDataModule`.
     """
 
@@ -57,6 +58,7 @@ class StepwiseDataModule(MessagesDataModule):
             raise ConfigError("data.step_separator is empty: give the text that ends a step, such as a line break")
         self.columns = {"prompt": prompt, "completions": completions, "labels": labels}
         self.step_separator, self.train_on_last_step_only = step_separator, train_on_last_step_only
+        self.n_blank = 0  # steps that were left out of the file that is read
 
     def required_columns(self) -> dict[str, str]:
         return {f"data.{role}": column for role, column in self.columns.items()}
@@ -64,14 +66,26 @@ class StepwiseDataModule(MessagesDataModule):
     def roles(self, source: sources.Source, names: Sequence[str]) -> dict[str, str]:
         return TableDataModule.roles(self, source, names)
 
+    def read_table(self, source: sources.Source) -> "Table":
+        self.n_blank = 0
+        table = super().read_table(source)
+        if self.n_blank:
+            log.info("data        %s: %d blank steps are left out, with their labels", source.name, self.n_blank)
+        return table
+
     def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
         at = {role: place.at(column) for role, column in roles.items()}
         steps = parse_list(record.get(roles["completions"]), at["completions"], parse_text)
-        labels = parse_list(record.get(roles["labels"]), at["labels"], parse_step_label)
+        labels = parse_list(record.get(roles["labels"]), at["labels"], parse_degree)
         if not steps or len(steps) != len(labels):
             refuse(
                 at["labels"], f"{len(labels)} labels for {len(steps)} steps: give each step one, and at least one step"
             )
+        written = [n for n, step in enumerate(steps) if step.strip()]
+        if not written:
+            refuse(at["completions"], "all steps are blank: leave the row out")
+        self.n_blank += len(steps) - len(written)
+        steps, labels = ([column[n] for n in written] for column in (steps, labels))
         return {"prompt": parse_prompt(record, roles["prompt"], place), "completions": steps, "labels": labels}
 
     def find_labels(self, known: Labels | None) -> Labels:
@@ -129,14 +143,6 @@ class StepwiseDataModule(MessagesDataModule):
         row = self.tables()[1][0]
         steps = (step + self.step_separator for step in json.loads(row["completions"]))
         return self.render(json.loads(row["prompt"])) + "".join(steps)
-
-
-def parse_step_label(value: object, place: Place) -> float:
-    """The label of a step: true or false, or a number from 0 to 1."""
-    number = float(value) if isinstance(value, bool) else parse_number(value, place)
-    if not 0 <= number <= 1:
-        refuse(place, f"{preview(value)} is no label of a step: give true or false, or a number from 0 to 1")
-    return number
 
 
 def tokenize_steps(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 7  # version of read tables: raise it when the same file gives other rows
+FORMAT = 8  # version of read tables: raise it when the same file gives other rows
 ROWS, CHARACTERS = 1000, 1 << 26  # limits of a batch that is written at once
 TYPES = {"text": "string", "json": "string", "row": "int64", "label": "bool_", "number": "float64"}
 

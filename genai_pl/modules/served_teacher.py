@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 OPTION = "objective.teacher"
 PREFIX = "token_id:"  # of the names of tokens
+MOST = 1.01  # what the probabilities of the likeliest tokens add up to at most, in 16 bits
+LOWEST = -1e4  # log-probabilities at least: minus infinity times its probability would be nan
 LEAST = 2.0**-24  # the probability of all other tokens at least: sums of float32 are no more exact
 PROBED = 512  # tokens whose texts are compared before anything is learned
 UNDECODED = "\ufffd"  # what stands for the bytes of half a character
@@ -91,11 +93,14 @@ class ServedTeacher(RowTeacher):
 
     def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """ConfigError where tokens have another text there: ids are handed on, and must mean the same."""
-        n = min(PROBED, self.context or PROBED, len(tokenizer))
+        n = min(PROBED, PROBED if self.context is None else max(self.context, 1), len(tokenizer))
         ids = [round(i * (len(tokenizer) - 1) / max(n - 1, 1)) for i in range(n)]
         found = self._echo(ids, logprobs=0).get("tokens")
-        if not isinstance(found, list) or len(found) != n:
-            raise self._no_logprobs()
+        self._check_positions(found, n)
+        if all(str(name).startswith(PREFIX) for name in found):
+            raise self.endpoint.error(
+                "names tokens by ids where their texts are asked for, by which tokenizers are compared"
+            )
         for token, there in zip(ids, found, strict=True):
             here = tokenizer.decode([token], skip_special_tokens=False)
             if UNDECODED not in here + str(there) and here.strip() != str(there).strip():
@@ -120,12 +125,16 @@ class ServedTeacher(RowTeacher):
     def _predictions(self, tokens: list[int]) -> tuple[Tensor, Tensor]:
         """Log-probabilities (n - 1, K + 1) and ids (n - 1, K) of what may follow each of n tokens but the last."""
         tops = self._echo(tokens, logprobs=self.top_k, return_tokens_as_token_ids=True).get("top_logprobs")
-        if not isinstance(tops, list) or len(tops) != len(tokens) or not all(isinstance(top, dict) for top in tops[1:]):
+        self._check_positions(tops, len(tokens))
+        if not all(isinstance(top, dict) for top in tops[1:]):
             raise self._no_logprobs()
         pairs = [self._likeliest(top) for top in tops[1:]]
         ids = torch.tensor([[token for token, _ in row] for row in pairs])
-        values = torch.tensor([[value for _, value in row] for row in pairs], dtype=torch.float64)
-        others = (1 - values.exp().sum(1, keepdim=True)).clamp(min=LEAST).log()
+        values = torch.tensor([[value for _, value in row] for row in pairs], dtype=torch.float64).clamp(min=LOWEST)
+        total = values.exp().sum(1, keepdim=True)
+        if not (total <= MOST).all():  # nan is no number below it
+            raise self.endpoint.error(f"gives likeliest tokens whose probabilities add up to {float(total.max()):.4g}")
+        others = (1 - total).clamp(min=LEAST).log()
         return torch.cat([values, others], dim=1).log_softmax(1).float(), ids
 
     def _likeliest(self, top: dict[str, float]) -> list[tuple[int, float]]:
@@ -134,7 +143,7 @@ class ServedTeacher(RowTeacher):
             pairs = [(int(name.removeprefix(PREFIX)), float(value)) for name, value in top.items()]
         except (ValueError, TypeError):
             pairs = []
-        if not all(name.startswith(PREFIX) for name in top) or len(pairs) != len(top):
+        if len({token for token, _ in pairs}) != len(top) or not all(name.startswith(PREFIX) for name in top):
             raise self.endpoint.error(
                 f"names tokens by their text, as {next(iter(top))[:20]!r}, which several have; a server is needed that knows "
                 "return_tokens_as_token_ids (vLLM, serve.py)"
@@ -150,6 +159,13 @@ class ServedTeacher(RowTeacher):
             return self.endpoint.ask("completions", {**body, **options})["choices"][0]["logprobs"] or {}
         except (KeyError, IndexError, TypeError):
             raise self._no_logprobs() from None
+
+    def _check_positions(self, found: object, n: int) -> None:
+        """ConfigError unless there is something for each of n tokens that were sent."""
+        if not isinstance(found, list) or not found:
+            raise self._no_logprobs()
+        if len(found) != n:
+            raise self.endpoint.error(f"was sent {n} tokens of a prompt and gives log-probabilities of {len(found)}")
 
     def _no_logprobs(self) -> ConfigError:
         return self.endpoint.error("gives no log-probabilities of a prompt (echo and logprobs of /v1/completions)")

@@ -77,7 +77,9 @@ class TeacherCache:
 
     @staticmethod
     def create(folder: Path, contents: Contents, *, vocab_size: int) -> None:
-        """Files of zeros for so many rows, unless the folder exists; they take space as they are written."""
+        """Files of zeros for so many rows, unless the folder exists or another process makes it meanwhile; they take space as
+        they are written.
+        """
         if folder.exists():
             return
         contents = contents._replace(ids="uint16" if vocab_size <= 2**16 else "int32")
@@ -94,7 +96,7 @@ class TeacherCache:
             (path / CONTENTS).write_text(json.dumps(contents._asdict()))
 
         folder.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder, write)
+        write_atomic(folder, write, keep=True)
 
     def write(self, rows: Sequence[int], logprobs: Tensor, ids: Tensor) -> None:
         """Store logprobs (B, T, K + 1) and ids (B, T, K) of some rows, then mark them as done."""
@@ -147,16 +149,18 @@ def fill_cache(
     with the number of rows of each batch that is written. Each of n_ranks replicas computes a part of the rows, on a file
     system that all of them see; barrier: waits for all.
     """
-    missing = np.flatnonzero(cache.done == 0)
+    is_done = np.asarray(cache.done == 1)
     barrier()  # all have seen what is missing before anyone writes
-    log.info("teacher     %s of %s rows are in %s", f"{len(rows) - len(missing):,}", f"{len(rows):,}", cache.folder)
-    batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
+    log.info("teacher     %s of %s rows are in %s", f"{int(is_done.sum()):,}", f"{len(rows):,}", cache.folder)
+    # the batches of an undisturbed writer: a row's last bits depend on the rows beside it
+    batches = [np.arange(i, min(i + batch_size, len(rows))) for i in range(0, len(rows), batch_size)]
+    batches = [numbers for numbers in batches if not is_done[numbers].all()]
     for numbers in batches[rank::n_ranks]:
         batch = collate([{**rows[int(n)], "key": (0, int(n))} for n in numbers])
         batch = {name: x.to(device) for name, x in batch.items()}
         with context():
             cache.write(numbers, *_teach(teacher, batch, cache.contents.top_k))
-        advance(len(numbers))
+        advance(int((~is_done[numbers]).sum()))
     barrier()
 
 

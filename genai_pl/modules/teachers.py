@@ -112,9 +112,10 @@ class FileTeacher(RowTeacher):
 
 def check_ids(ids: Tensor, vocab_size: int, *, source: str) -> None:
     """ConfigError for tokens that the student does not have."""
-    if (largest := int(ids.max())) >= vocab_size:
+    found = [int(ids.min()), int(ids.max())]
+    if wrong := [token for token in found if not 0 <= token < vocab_size]:
         raise ConfigError(
-            f"{source}: names token {largest}, and the student has {vocab_size:,}; they must share a vocabulary"
+            f"{source}: names token {wrong[0]}, and the student has {vocab_size:,}; they must share a vocabulary"
         )
 
 

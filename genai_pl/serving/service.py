@@ -14,6 +14,7 @@ import torch
 from genai_pl.config.enums import Head, Shape
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.config.labels import read_labels
+from genai_pl.data.template_options import template_options
 from genai_pl.data.tool_calls import CallReader
 from genai_pl.devices import CODES, check_codes, choose_device
 from genai_pl.errors import ConfigError
@@ -179,12 +180,21 @@ class Service:
         """How the model writes its thoughts; it decodes the ends of prompts only."""
         return Reasoning(self.tokenizer)
 
+    @cached_property
+    def template_options(self) -> frozenset[str]:
+        """Variables of the chat template that requests may set."""
+        return template_options(self.tokenizer)
+
     async def chat_tokens(
-        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] = (),
+        variables: Mapping[str, object] | None = None,
     ) -> tuple[int, ...]:
         """Token ids of a conversation by the tokenizer's chat template, with the beginning of the assistant's answer.
 
         tools: functions that the template describes to the model
+        variables: of the template, among `template_options`
         Raises ApiError 400 if the tokenizer has no template or the conversation cannot fit.
         """
         if self.tokenizer.chat_template is None:
@@ -193,7 +203,9 @@ class Service:
             )
         size = size_of(messages)
         self._check_size(size)
-        return tuple(await self.tokenize_threads.encode_chat(messages, tools, size=size + len(str(tools))))
+        return tuple(
+            await self.tokenize_threads.encode_chat(messages, tools, variables or {}, size=size + len(str(tools)))
+        )
 
     async def prepare(self, config: GenerationConfig) -> None:
         """Compile the grammar of constrained decoding in its own thread; ConfigError if it cannot be compiled.

@@ -6,7 +6,6 @@ with the option to use instead (REFUSED_ARGUMENTS).
 """
 
 import logging
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -180,7 +179,9 @@ def build_callbacks(
     best, stop = choose_best(config, folder / "checkpoints", measured), choose_early_stop(config, measured)
     watches = {name: watch for name, watch in {"best": best, "early_stop": stop}.items() if watch}
     callbacks |= watches
-    callbacks["checkpoints"] = cb.StepCheckpoint(str(folder / "checkpoints"), **intervals, best=best)
+    address = settings.checkpoint.dirpath
+    kept = {"best": best, "mirror": None if address is None else cb.Mirror(folder, address)}
+    callbacks["checkpoints"] = cb.StepCheckpoint(str(folder / "checkpoints"), **intervals, **kept)
     wants_samples = model.config.writes and settings.samples.every_n_steps
     if wants_samples and gathers:
         prompts = list(settings.samples.prompts or ())
@@ -301,23 +302,3 @@ def check_in_backward(config: DictConfig, run: Run) -> None:
         raise ConfigError(f"{name} cannot skip a step that has begun: precision=bf16, not fp16")
     if trainer.world_size > 1 or isinstance(trainer.strategy, ShardedStrategy):
         raise ConfigError(f"{name} is for one process: with several, strategy=fsdp divides gradients")
-
-
-def silence_libraries() -> None:
-    """Silence messages of Lightning and datasets on which a user cannot act."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    for text in (
-        "does not have many workers",
-        "Checkpoint directory",
-        "GPU available but not",
-        "`srun` command is available",  # several processes need no srun: ours are started by the first
-        "treespec, LeafSpec",
-        "sync_dist=True",
-        "callbacks used to create the checkpoint",  # those whose loss matters refuse it themselves
-        "FSDP2-wrapped module",
-        "but AMP with fp16 is not supported on CPU",  # refused
-        "Detected call of `lr_scheduler.step",  # fp16 may skip the first step
-    ):
-        warnings.filterwarnings("ignore", f".*{text}.*")

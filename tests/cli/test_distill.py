@@ -4,16 +4,19 @@ import os
 import resource
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from genai_pl.atomic_io import claimed
 from genai_pl.loading import load
 from genai_pl.modules.teacher_cache import Contents, TeacherCache
+from genai_pl.serving.app import create_app
 from tests.conftest import TINY
-from tests.serving.servers import write_model
+from tests.serving.servers import make_service, running, write_model
 from tests.training.test_alignment import table
 
 WRITE = ("distill", "teacher=teacher", "data.path=text.txt", "data.seq_len=32", "data.batch_size=4", "top_k=9")
@@ -70,6 +73,78 @@ def test_a_killed_writer_goes_on_and_the_file_is_that_of_a_run(place: Path, comm
     assert command(*TRAIN, *options).status == 0
     losses = [[row["train/loss"] for row in table(place / run)] for run in ("file", "own")]
     assert losses[0] == losses[1]
+
+
+class Stumbling:
+    """An application in front of another one, which answers every third request itself, or none of them.
+
+    n_left: completions after which it only fails; None: it does not.
+    """
+
+    def __init__(self, app: Callable) -> None:
+        self.app, self.n, self.n_left = app, 0, None
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        self.n += 1
+        if self.n_left is not None:
+            self.n_left -= 1
+        if self.n % 3 and (self.n_left is None or self.n_left >= 0):
+            await self.app(scope, receive, send)
+            return
+        status = (500, 429, 200)[self.n // 3 % 3]
+        await send({"type": "http.response.start", "status": status, "headers": [(b"retry-after", b"0")]})
+        await send({"type": "http.response.body", "body": b'{"choices": [{"logpro'})
+
+
+def test_a_server_that_stumbles_and_dies_leaves_the_file_of_one_that_does_not(
+    place: Path, command, monkeypatch
+) -> None:
+    monkeypatch.setattr("genai_pl.endpoints.time.sleep", lambda seconds: None)
+    service = make_service(place / "teacher")
+    app = Stumbling(create_app(service, service.settings, service.metrics, (), ()))
+    with running(app) as url:
+        options = ("data.path=text.txt", "data.seq_len=32", "data.batch_size=4", "top_k=9", "init_from=teacher")
+        options = ("distill", *options, f"teacher={url}/v1", "objective.server.workers=1")
+        app.n_left = 10
+        died = command(*options, "objective.server.retries=4")
+        assert (died.status, died.err.count("\n")) == (2, 1), died.err
+        assert died.err.startswith(f"error: teacher={url}/v1: no answer (")
+        done = int(TeacherCache(place / "taught").done.sum())
+        assert 0 < done < TeacherCache(place / "taught").contents.rows
+        app.n_left = None
+        again = command(*options, "objective.server.retries=4")
+        assert again.status == 0, again.err
+        assert f"teacher     {done} of " in again.out
+    assert command(*WRITE, "out=beside").status == 0
+    served, beside = (TeacherCache(place / name) for name in ("taught", "beside"))
+    assert (served.done == 1).all()
+    np.testing.assert_allclose(
+        np.exp(served.logprobs[:].astype(float)), np.exp(beside.logprobs[:].astype(float)), atol=2e-3
+    )
+
+
+def test_the_second_of_two_writers_is_one_line(place: Path, command) -> None:
+    assert command(*WRITE).status == 0
+    expected = [(place / "taught" / name).read_bytes() for name in ("ids", "logprobs", "done")]
+    TeacherCache(place / "taught", writable=True).done[1] = 0  # of a batch that was marked by half
+    ready, end = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        with claimed(place / "taught"):
+            os.write(ready[1], b"r")
+            os.read(end[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    result = command(*WRITE)
+    os.write(end[1], b"e")
+    os.waitpid(child, 0)
+    assert (result.status, result.err.count("\n")) == (1, 1), result.err
+    assert f"taught: process {child} on " in result.err
+    assert command(*WRITE).status == 0
+    assert [(place / "taught" / name).read_bytes() for name in ("ids", "logprobs", "done")] == expected
 
 
 def test_a_full_disk_is_one_line_and_the_command_goes_on_later(place: Path, command, monkeypatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from genai_pl.data import byte_tokenizer, special_tokens
 from genai_pl.data import chat as conversations
 from genai_pl.data.chat import ChatDataModule
-from genai_pl.data.columns import Place, loads, parse_label, parse_number, parse_text
+from genai_pl.data.columns import Place, loads, parse_degree, parse_label, parse_number, parse_text
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.messages import common_prefix_length, extract_prompt, parse_messages
 from genai_pl.data.prompt_tokens import ensure_template
@@ -146,6 +146,21 @@ def test_numbers_may_be_written_as_text_and_must_be_finite() -> None:
     for value in ("x", None, True, "nan", float("inf"), "1_0"):
         with pytest.raises(DataError, match="is not a number"):
             parse_number(value, HERE)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "values"),
+    [
+        (1.0, (True, "true", " True", "TRUE", 1, "1", "1.0", loads("1e0"))),
+        (0.0, (False, "False", 0, "0", loads("-0.0"))),
+    ],
+)
+def test_degrees_are_truth_values_or_numbers_from_0_to_1_as_values_or_text(wanted: float, values: tuple) -> None:
+    assert [parse_degree(value, HERE) for value in values] == [wanted] * len(values)
+    assert [parse_degree(value, HERE) for value in ("0.25", 0.25, loads("0.25"))] == [0.25] * 3
+    for value in (None, "yes", "", "+", 2, "-0.5", "nan", float("inf"), [1], {"label": 1}):
+        with pytest.raises(DataError, match="is no label: give a number from 0 to 1, or true or false"):
+            parse_degree(value, HERE)
 
 
 def test_content_in_parts_is_the_text_that_the_server_makes_of_it() -> None:

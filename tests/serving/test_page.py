@@ -8,10 +8,18 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 
+from genai_pl.environments.arithmetic import evaluate, number_text
 from genai_pl.serving.adapters import ServedAdapter
 from tests.serving.fake import FakeEngine, FakeStream
 from tests.serving.servers import eventually, make_service, serving, write_model
 
+ARITHMETIC = (
+    "2^10", "7 % 4 - .5", "2 ** 3 ** 2", "1e3 / 3", "-7 // 2 + -7 % 3", "gcd(12, 18) * 2", "lcm(4, 6, 10)", "max(3, 2 + 2) ** 2",
+    "sqrt(2)", "abs(-3)", "round(2.5)", "round(2.675, 1)", "1,234 + 1", "-2 ** 2", "(1 - 0.9) * 10", "12345678 * 9", "lcm(0, 3)",
+)  # fmt: skip
+NOT_ARITHMETIC = (
+    "", "1 +", "(1", "alert(1)", "1 / 0", "1 2", "gcd 3", "gcd(1.5, 2)", "sqrt(-1)", "max()", "min(1", "toString(1)", "gcd(1,)",
+)  # fmt: skip
 CHROMIUM = shutil.which("chromium", path="/usr/bin:/usr/local/bin")
 
 
@@ -214,15 +222,17 @@ def test_a_calculator_is_called_and_its_result_goes_back_to_the_model(page, tmp_
         page.select_option("#tools", "calculate")
         say(page, "Compute it.")
         page.locator(".turn.assistant", has_text="It is -10.").wait_for()
-        assert page.inner_text(".turn.tool").endswith("= -10")
         page.locator(".note").nth(1).wait_for()
+        kinds = page.eval_on_selector_all("#log > div", "turns => turns.map((turn) => turn.className)")
+        assert kinds == ["turn user", "turn tool", "note", "turn assistant", "note"]
+        assert page.inner_text(".turn.tool").split(None, 1) == ["calculate", "(2 + 3) * -4 ** 2 / 8 = -10"]
         say(page, "Thanks")
         page.locator(".turn.assistant", has_text="Bye.").wait_for()
-        values = page.evaluate("['2^10', '7 % 4 - .5', '2 ** 3 ** 2', '1e3 / 3'].map(calculate)")
-        refused = "(text) => { try { return calculate(text) } catch { return '!' } }"
-        errors = f"['', '1 +', '(1', 'alert(1)', '1 / 0', '1 2'].map({refused})"
-        assert page.evaluate(errors) == ["!"] * 6
-    assert values == ["1024", "2.5", "512", "333.3333333333"]
+        values = page.evaluate("(texts) => texts.map(calculate)", ARITHMETIC)
+        refused = "(texts) => texts.map((text) => { try { return calculate(text) } catch { return '!' } })"
+        assert page.evaluate(refused, NOT_ARITHMETIC) == ["!"] * len(NOT_ARITHMETIC)
+    # the environment in which a model learns to call it has the same values
+    assert values == [number_text(evaluate(text)) for text in ARITHMETIC]
     prompts = [bytes(t for t in request.input_ids if t < 256).decode() for request in service.engine.requests]
     assert prompts[1].endswith("</tool_call>[tool]-10[assistant]")
     assert prompts[2].endswith("[assistant]It is -10.[user]Thanks[assistant]")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
+from genai_pl.data.stepwise import StepwiseDataModule, split_steps
 from tests.conftest import TINY
 
 MODEL = ("model=llama", *TINY, "model.n_head=4", "data.batch_size=8", "optimizer.lr=1e-2", "objective=process_reward")
@@ -46,6 +47,30 @@ def test_steps_are_learned_and_transformers_gives_their_scores(command, tmp_path
     assert "f1" in measured.out
 
 
+def test_rows_have_the_steps_that_a_reward_divides_an_answer_into(tmp_path: Path) -> None:
+    # each row beside the text whose steps a reward would score
+    rows = [
+        (
+            {"completions": ["", "a", " ", "b", "\t"], "labels": ["false", "TRUE", 0, "0.5", False]},
+            ["a", "b"],
+            [1, 0.5],
+        ),
+        ({"completions": ["c"], "labels": [0]}, ["c"], [0]),
+    ]
+    path = tmp_path / "rows.jsonl"
+    write(path, [{"prompt": "p", **row} for row, _, _ in rows])
+    options = {"step_separator": "\n", "train_on_last_step_only": False, "seq_len": 64, "val_fraction": 0.5}
+    loading = {"batch_size": 1, "val_batch_size": None, "workers": 0, "shuffle": False, "seed": 0, "val_path": None}
+    columns = {name: name for name in ("prompt", "completions", "labels")}
+    data = StepwiseDataModule(path=str(path), **columns, **options, **loading)
+    for read, (row, steps, labels) in zip(data.read_table(data.source), rows, strict=True):
+        assert (
+            json.loads(read["completions"]) == steps == [s for s, _ in split_steps("\n".join(row["completions"]), "\n")]
+        )
+        assert json.loads(read["labels"]) == labels
+    assert data.n_blank == 3
+
+
 def test_the_last_label_alone_and_batches_of_one_step(command, tmp_path: Path) -> None:
     def losses(run: str) -> list[float]:
         with (tmp_path / run / "metrics.csv").open() as file:
@@ -62,7 +87,9 @@ def test_the_last_label_alone_and_batches_of_one_step(command, tmp_path: Path) -
     ("row", "arguments", "message"),
     [
         ({"prompt": "a", "completions": ["b"], "labels": []}, (), "0 labels for 1 steps"),
-        ({"prompt": "a", "completions": ["b"], "labels": [-1]}, (), "is no label of a step"),
+        ({"prompt": "a", "completions": ["b"], "labels": [-1]}, (), "-1 is no label: give a number from 0 to 1"),
+        ({"prompt": "a", "completions": ["b"], "labels": [None]}, (), "missing (null) is no label"),
+        ({"prompt": "a", "completions": ["", " "], "labels": [0, 1]}, (), "all steps are blank: leave the row out"),
         (
             {"prompt": "a", "completions": ["b"], "labels": [1]},
             ("data.step_separator=''",),

@@ -77,7 +77,7 @@ def test_accumulated_batches_give_the_step_of_one(rows, command, tmp_path: Path)
     ("row", "message"),
     [
         ({"query": "q", "documents": ["a", "b"], "labels": [1]}, "1 numbers for 2 documents"),
-        ({"query": "q", "documents": ["a"], "labels": [3]}, "relevance 3 is not between 0 and 1"),
+        ({"query": "q", "documents": ["a"], "labels": [3]}, "3 is no label: give a number from 0 to 1"),
         ({"query": "q", "documents": "a"}, "no column 'labels'"),
     ],
 )

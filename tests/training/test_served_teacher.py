@@ -4,11 +4,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from genai_pl.config.enums import AttentionBackend
 from genai_pl.data import byte_tokenizer
+from genai_pl.endpoints import Endpoint
 from genai_pl.errors import ConfigError
 from genai_pl.kernels.distillation import top_logprobs
 from genai_pl.loading import load
@@ -125,13 +127,85 @@ def test_a_mistake_is_one_line(options: tuple[str, ...], message: str, url: str,
     assert result.err.count("\n") == 1
 
 
-def test_names_that_are_no_ids_are_refused() -> None:
-    teacher = object.__new__(ServedTeacher)
-    from genai_pl.endpoints import Endpoint
+def teacher_that_gets(answer: object, monkeypatch: pytest.MonkeyPatch, models: object = None) -> ServedTeacher:
+    """A teacher of a byte vocabulary whose server gives an answer to any prompt, with two tokens of a position asked for."""
+    listed = {"data": [{"id": "m", "max_model_len": 9}]} if models is None else models
+    monkeypatch.setattr(Endpoint, "ask", lambda self, route, body=None: listed if route == "models" else answer)
+    return ServedTeacher("http://host/v1", Server(), top_k=2, vocab_size=V)
 
-    teacher.endpoint, teacher.top_k = Endpoint("http://host/v1", "objective.teacher"), 2
-    assert teacher._likeliest({"token_id:5": -0.1, "token_id:3": -0.5, "token_id:9": -4.0}) == [(5, -0.1), (3, -0.5)]
-    with pytest.raises(ConfigError, match="names tokens by their text, as ' the'"):
-        teacher._likeliest({" the": -0.1, " a": -2.0})
-    with pytest.raises(ConfigError, match="gives 1 tokens of a position, and 2 are asked for"):
-        teacher._likeliest({"token_id:5": -0.1})
+
+def echo(*tops: object, **rest: object) -> dict[str, object]:
+    """The answer to a prompt of so many tokens."""
+    return {"choices": [{"logprobs": {"top_logprobs": list(tops), **rest}}]}
+
+
+GOOD = {"token_id:5": -0.1, "token_id:3": -4.0}
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({}, "gives no log-probabilities of a prompt"),
+        ({"choices": []}, "gives no log-probabilities of a prompt"),
+        ({"choices": [{"text": "abc", "logprobs": None}]}, "gives no log-probabilities of a prompt"),
+        ({"choices": [{"logprobs": {"top_logprobs": None}}]}, "gives no log-probabilities of a prompt"),
+        (echo(None, GOOD, None), "gives no log-probabilities of a prompt"),
+        (echo(None, GOOD), "was sent 3 tokens of a prompt and gives log-probabilities of 2"),
+        (echo(None, GOOD, {"token_id:5": -0.1}), "gives 1 tokens of a position, and 2 are asked for"),
+        (echo(None, GOOD, {}), "gives 0 tokens of a position, and 2 are asked for"),
+        (echo(None, GOOD, {" é": -0.1, "🙂": -2.0}), "names tokens by their text, as ' é'"),
+        (echo(None, GOOD, {"token_id:5": None, "token_id:3": -1}), "names tokens by their text"),
+        (echo(None, GOOD, {"token_id:5": -1, "token_id:05": -1}), "names tokens by their text"),
+        (echo(None, GOOD, {"token_id:5": float("nan"), "token_id:3": -1}), "whose probabilities add up to nan"),
+        (echo(None, GOOD, {"token_id:5": 2.5, "token_id:3": 1.5}), "whose probabilities add up to 16.66"),
+        (echo(None, GOOD, {"token_id:5": -1, "token_id:-3": -1}), "names token -3, and the student has"),
+        (echo(None, GOOD, {"token_id:5": -1, "token_id:9999": -1}), "names token 9999, and the student has"),
+    ],
+)
+def test_an_answer_that_teaches_nothing_is_one_line(answer: object, message: str, monkeypatch) -> None:
+    teacher = teacher_that_gets(answer, monkeypatch)
+    labels = torch.tensor([[7, 8, IGNORED]])
+    with pytest.raises(ConfigError) as raised:
+        teacher({"input_ids": torch.tensor([[6, 7, 8]])}, labels)
+    assert str(raised.value).startswith("objective.teacher=http://host/v1: ")
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_token_that_cannot_come_and_a_prompts_own_beside_the_likeliest_are_read(monkeypatch) -> None:
+    own = {"token_id:5": -0.5, "token_id:3": -1.0, "token_id:250": -9.0}
+    impossible = {"token_id:5": 0.0, "token_id:3": -float("inf")}
+    teacher = teacher_that_gets(echo(None, own, impossible), monkeypatch)
+    batch, labels = {"input_ids": torch.tensor([[6, 7, 8]])}, torch.tensor([[7, 8, IGNORED]])
+    taught = teacher(batch, labels).predict(torch.arange(2))
+    assert taught.ids.tolist() == [[5, 3], [5, 3]]
+    assert taught.logprobs.isfinite().all()
+    torch.testing.assert_close(taught.logprobs.exp().sum(1), torch.ones(2))
+    np.testing.assert_allclose(taught.logprobs[0, :2].exp(), np.exp([-0.5, -1.0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("models", [{}, {"data": None}, {"data": []}, {"data": ["m"]}, {"data": [{"id": ["m"]}]}])
+def test_a_server_without_models_is_one_line(models: object, monkeypatch) -> None:
+    with pytest.raises(ConfigError, match=r"^objective.teacher=http://host/v1: lists no models; .* /v1$"):
+        teacher_that_gets({}, monkeypatch, models)
+
+
+def test_texts_of_tokens_are_compared_but_for_halves_of_characters(monkeypatch) -> None:
+    tokenizer = byte_tokenizer()
+    ids = [round(i * (V - 1) / 7) for i in range(8)]  # a place is kept for a token after them
+    names = [tokenizer.decode([token]) for token in ids]
+    assert any("\ufffd" in name for name in names)
+    for there, message in (
+        (names, None),
+        ([name.replace("\ufffd", "Ã") for name in names], None),
+        (["é", *names[1:]], "token 0 is 'é' there"),
+        ([f"token_id:{token}" for token in ids], "names tokens by ids where their texts are asked for"),
+        (names[:4], "was sent 8 tokens of a prompt and gives log-probabilities of 4"),
+        (None, "gives no log-probabilities of a prompt"),
+    ):
+        teacher = teacher_that_gets(echo(tokens=there), monkeypatch)
+        if message is None:
+            teacher.check_tokenizer(tokenizer)
+            continue
+        with pytest.raises(ConfigError, match=message):
+            teacher.check_tokenizer(tokenizer)
