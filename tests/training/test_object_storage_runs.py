@@ -7,7 +7,7 @@ import fsspec
 import pytest
 
 from tests.conftest import TINY, Result
-from tests.strategies.processes import MODEL, assert_equal_to_the_last_bit
+from tests.strategies.processes import MODEL, assert_equal_to_the_last_bit, write_documents
 
 OPTIONS = (*TINY, "trainer.max_steps=8", "callbacks.checkpoint.every_n_steps=2", "logger=csv", "model.dropout=0.1")
 DATA = ("data.path=memory://bucket/texts", "data.streaming=true")
@@ -82,6 +82,22 @@ def test_models_in_object_storage_are_those_of_the_folder(command, memory, first
     assert done.status == 0, done.err
     with_adapter = command("generate", "checkpoint=memory://bucket/run/model", "adapter=memory://bucket/lora", *options)
     assert with_adapter.out == command("generate", "checkpoint=lora", *options).out
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_is_copied_and_fetched_with_all_its_shards(command, memory, tmp_path: Path) -> None:
+    write_documents(tmp_path)
+    local = ("data.path=documents.jsonl", "data.batch_size=2", "optimizer=adamw", "trainer.accelerator=cpu")
+    sharded = ("trainer=fsdp", "trainer.devices=2", "strategy.sharded_checkpoints=true")
+    done = command("train", *OPTIONS, *local, *sharded, COPY, "output_dir=first")
+    assert done.status == 0, done.err
+    newest = "/bucket/run/checkpoints/step=000008.ckpt"
+    there = {name.removeprefix(f"{newest}/") for name in memory.store if name.startswith(newest)}
+    assert there == {path.name for path in (tmp_path / "first/checkpoints/step=000008.ckpt").iterdir()}
+    memory.rm_file(f"{newest}/contents.pt")  # as if its copy had been cut off: the file that makes it one comes last
+    again = command("train", "resume=memory://bucket/run", "output_dir=second")
+    assert "resuming    second/checkpoints/step=000006.ckpt" in again.out, again.err
+    assert_equal_to_the_last_bit(tmp_path / "second", tmp_path / "first", MODEL)
 
 
 @pytest.mark.parametrize(
