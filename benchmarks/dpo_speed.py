@@ -40,7 +40,7 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     from genai_pl.loading import load
     from genai_pl.modules.preference import PreferenceModule
     from genai_pl.peft import lora
-    from genai_pl.training.trainer import silence_libraries
+    from genai_pl.training.library_messages import silence_libraries
 
     silence_libraries()
     model, tokenizer, _ = load(args.model)

@@ -36,7 +36,7 @@ def letters(prompts: list[str], completions: list[str], **columns: object) -> li
 def ours(args: argparse.Namespace) -> dict[str, float]:
     """A run of our GRPOModule in Lightning's Trainer."""
     from genai_pl.modules.grpo import GRPOModule
-    from genai_pl.training.trainer import silence_libraries
+    from genai_pl.training.library_messages import silence_libraries
 
     silence_libraries()
     options = {"group_size": args.group, "max_new_tokens": args.new}

@@ -41,8 +41,8 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     from genai_pl.loading import load
     from genai_pl.modules.ppo import PPOModule
     from genai_pl.peft import lora, save_adapter
+    from genai_pl.training.library_messages import silence_libraries
     from genai_pl.training.rewards import load_rewards
-    from genai_pl.training.trainer import silence_libraries
 
     silence_libraries()
     options = {"epochs": PASSES, "minibatch_size": args.minibatch, "max_new_tokens": args.new}

@@ -5,7 +5,7 @@ ShareGPT's conversations, which are close to log-normal (Kwon et al. 2023, figur
 average): prompts have a median of 80 and answers of 180 tokens, both with sigma 1.1, at most 512 and 1024, times --scale.
 
 The same requests go to serve.py and, with --simple, to a lock around transformers' generate (serve_simple.py). With
---minutes there is one run of that length instead, with the memory of the server at its start and end, and the errors.
+--minutes there is one run of that length instead, with the memory of the server all along (server_memory.py), and the errors.
 With --mixed a part of the requests are chats, several answers at once, embeddings and scores; with --attackers there are
 this many clients of each kind of tests/serving/attacks.py beside them, from another address, and what they saw is printed:
 
@@ -13,7 +13,8 @@ this many clients of each kind of tests/serving/attacks.py beside them, from ano
 
 With --turns the clients hold conversations of so many turns instead (chat_trace.py), with this server as it is and without
 its prefix cache; with --gguf FILE also with llama.cpp's server (`pip install 'llama-cpp-python[server]'`), with
---transformers with `transformers serve`:
+--transformers with `transformers serve` (`pip install 'transformers[serving]'`), which answers one request at a time, and with
+its continuous batching:
 
     python benchmarks/serve_load.py checkpoint=MODEL --turns 4 --clients 1 16 --requests 1 --scale 0.15 --gguf model.gguf
 """
@@ -37,8 +38,10 @@ import httpx
 
 try:
     from benchmarks.chat_trace import HEAD, chat_row, draw_chats, hold_all
+    from benchmarks.server_memory import memory_table, watched
 except ModuleNotFoundError:  # run as a script
     from chat_trace import HEAD, chat_row, draw_chats, hold_all
+    from server_memory import memory_table, watched
 
 ROOT = Path(__file__).parent.parent
 SEED = 0
@@ -96,7 +99,7 @@ async def ask(client: httpx.AsyncClient, prompt: list[int], n: int, seed: int, o
                 if event.get("usage"):
                     outcome.n_tokens += event["usage"]["completion_tokens"]
     except httpx.HTTPError as error:
-        outcome.errors.append(repr(error))
+        outcome.errors.append(f"/v1/completions after {time.monotonic() - begun:.0f} s: {error!r}")
         await asyncio.sleep(0.2)  # a server that is down would be asked for ever
 
 
@@ -110,14 +113,15 @@ async def ask_whole(client: httpx.AsyncClient, prompt: list[int], n: int, seed: 
         ("/score", {"text": [text] * 4}),
     ]
     path, body = kinds[seed // 2 % len(kinds)]
+    begun = time.monotonic()
     try:
         reply = await client.post(path, json=body)
         known = reply.status_code == 200 or (reply.status_code == 400 and "chat template" in reply.text)
         if not known:
-            raise httpx.HTTPError(f"{path}: {reply.status_code} {reply.text[:100]}")
+            raise httpx.HTTPError(f"{reply.status_code} {reply.text[:100]}")
         outcome.n_tokens += reply.json().get("usage", {}).get("completion_tokens", 0)
     except httpx.HTTPError as error:
-        outcome.errors.append(repr(error))
+        outcome.errors.append(f"{path} after {time.monotonic() - begun:.0f} s: {error!r}")
         await asyncio.sleep(0.2)
 
 
@@ -182,12 +186,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def resident(process: subprocess.Popen) -> float:
-    """MiB of memory that a process has now (Linux)."""
-    pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 def row(name: str, clients: int, outcome: Outcome) -> str:
     """One line of the table."""
 
@@ -213,7 +211,7 @@ def hold_chats(servers: dict[str, list[str]], checkpoint: str, options: argparse
     for name, command in servers.items():
         with server([sys.executable, *command]):
             url = f"http://127.0.0.1:{command[-1].rpartition('=')[2]}"
-            model = "" if name == "llama.cpp" else checkpoint if name == "transformers" else Path(checkpoint).name
+            model = "" if name == "llama.cpp" else checkpoint if "serve" in command else Path(checkpoint).name
             asyncio.run(hold_all(url, model, 1, [[("Hello", 4)]]))  # what is slow once
             for clients in options.clients:
                 # other conversations for each number of clients: none is in the prefix cache
@@ -224,15 +222,18 @@ def hold_chats(servers: dict[str, list[str]], checkpoint: str, options: argparse
                     print(f"  {error}")
 
 
-def peers(options: argparse.Namespace) -> dict[str, list[str]]:
-    """Commands of the other servers that the options ask for; the port is the last word of each."""
+def peers(checkpoint: str, options: argparse.Namespace) -> dict[str, list[str]]:
+    """Commands of the other servers that the options ask for, in float32 as ours; the port is the last word of each."""
     found = {}
     if options.gguf:
         arguments = ["--model", options.gguf, "--n_ctx", "2048", "--interrupt_requests", "false"]
         found["llama.cpp"] = ["-m", "llama_cpp.server", *arguments, f"--port={free_port()}"]
     if options.transformers:
         script = str(Path(sys.executable).with_name("transformers"))
-        found["transformers"] = [script, "serve", f"--port={free_port()}"]
+        # without a bound its blocks take most of the memory of the machine
+        batching = ["--continuous-batching", "--cb-num-blocks=1024", "--cb-block-size=32", "--cb-max-batch-tokens=256"]
+        for name, extra in {"transformers": [], "its batching": batching}.items():
+            found[name] = [script, "serve", checkpoint, "--dtype=float32", *extra, f"--port={free_port()}"]
     return found
 
 
@@ -264,7 +265,7 @@ def main() -> None:
         servers["no prefix"] = [*ours, "cache=null", "prefix_cache_mib=0", f"port={free_port()}"]
         for n in options.prefill_chunk or []:
             servers[f"chunk {n}"] = [*ours, "cache=null", f"prefill_chunk={n}", f"port={free_port()}"]
-        hold_chats(servers | peers(options), checkpoint, options)
+        hold_chats(servers | peers(checkpoint, options), checkpoint, options)
         return
     print("server   clients  tokens/s  first p50, p95  between p50, p95 (ms)  errors")
     for name, command in servers.items():
@@ -275,14 +276,13 @@ def main() -> None:
                 requests = list(
                     draw(clients * options.requests, scale=options.scale, vocab_size=vocab_size_of(checkpoint))
                 )
-                before, until = resident(process), None
-                if options.minutes is not None:
-                    until = time.monotonic() + 60 * options.minutes
-                with attacked(url, options.attackers, 60 * (options.minutes or 0)):
+                until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+                attackers = attacked(url, options.attackers, 60 * (options.minutes or 0))
+                with watched(process.pid, url) as samples, attackers:
                     outcome = asyncio.run(load(url, clients, requests, until=until, mixed=options.mixed))
                 print(row(name, clients, outcome), flush=True)
                 if options.minutes is not None:
-                    print(f"memory of the server: {before:.0f} MiB before, {resident(process):.0f} MiB after")
+                    print(memory_table(samples))
                 for error in sorted(set(outcome.errors)):
                     print(f"  {error}")
 

@@ -63,7 +63,7 @@ def ours(args: argparse.Namespace) -> float:
     from genai_pl.modules import CausalLMModule
     from genai_pl.objectives import CausalLMCollator, SpecialTokens
     from genai_pl.optim import adamw, constant
-    from genai_pl.training.trainer import silence_libraries
+    from genai_pl.training.library_messages import silence_libraries
 
     silence_libraries()
     clock = Clock(args)

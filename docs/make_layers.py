@@ -13,8 +13,8 @@ PAGES = ("CONTRIBUTING.md", "docs/repository.md")
 LAYERS = [
     ("errors", "errors that a user can cause, one line each"),
     (
-        "atomic_io devices endpoints imports plugins progress ranks",
-        "whole files, devices, requests to servers, late imports, own modules, progress bars, ranks of processes",
+        "atomic_io devices endpoints imports object_storage plugins progress ranks",
+        "whole files, devices, servers, late imports, files at s3://, own modules, progress bars, ranks of processes",
     ),
     (
         "config signals reporting",
@@ -27,6 +27,7 @@ LAYERS = [
     ("generation environments", "decoding: tokens and text out of a model; tasks of several turns"),
     ("modules evaluation", "LightningModules with one `step` each; likelihoods, scores and metrics"),
     ("callbacks strategies", "what Lightning lacks; FSDP2, tensor and pipeline parallelism"),
+    ("remote_models", "trained models in object storage"),
     ("references planning exporting", "names of trained models; cost of a step elsewhere; folders for others"),
     ("loading", "a trained model from any of its names"),
     ("recipes serving", "data and commands of whole examples; the batching engine and its routes"),

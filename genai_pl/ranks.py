@@ -33,3 +33,10 @@ def started_by_srun() -> bool:
 def started_together() -> bool:
     """Whether something else than this process has started all processes of the run, which must find the same folder."""
     return started_by_srun() or not os.environ.keys().isdisjoint(RANK_VARIABLES[:2])
+
+
+def n_started() -> int | None:
+    """How many processes torchrun, Ray or srun has started as this run; None where none of them has."""
+    if started_by_torch():
+        return int(os.environ["WORLD_SIZE"])
+    return int(os.environ[TASKS]) if started_by_srun() else None

@@ -1,8 +1,8 @@
 """References: the names by which a user calls a trained model, resolved to a path.
 
 A reference is "auto" (the newest run), a path of a run folder, .ckpt, Hugging Face or adapter folder, the name of a run below
-the working folder, RUN/best or RUN/last for one of its checkpoints, or a hub id. A mistake is answered with the nearest name
-that exists; a path is never sent to the hub.
+the working folder, RUN/best or RUN/last for one of its checkpoints, an address of object storage, or a hub id. A mistake is
+answered with the nearest name that exists; a path is never sent to the hub.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from genai_pl.atomic_io import ADAPTER, RESULTS, SWEEP, is_checkpoint, is_gguf
 from genai_pl.errors import CheckpointError
+from genai_pl.object_storage import is_remote
 
 ROOTS = ("outputs", "multirun")  # Hydra's folders of runs and sweeps
 # usual names of local folders, which are therefore never taken for accounts of the hub
@@ -36,6 +37,8 @@ def resolve(reference: str, *, option: str = "checkpoint") -> Path:
         if newest is None:
             raise CheckpointError(f"{option}=auto: no run below this folder; train one first")
         return _model_of_run(newest, option)
+    if is_remote(reference):
+        return _from_storage(reference, option)
     path = Path(reference).expanduser()
     # what exists at the path wins over names of runs, and both over the hub
     if is_checkpoint(path) or is_gguf(path) or (path / "config.json").is_file() or (path / ADAPTER).is_file():
@@ -53,6 +56,14 @@ def resolve(reference: str, *, option: str = "checkpoint") -> Path:
             f"{option}={reference}: no such run folder, .ckpt file or Hugging Face folder{nearest(reference)}"
         )
     return _from_hub(reference, option)
+
+
+def _from_storage(address: str, option: str) -> Path:
+    """The downloaded model of an address in object storage, or checkpoint of the run whose copy is there."""
+    from genai_pl.remote_models import fetch_checkpoint, fetch_model
+
+    run, _, which = address.rstrip("/").rpartition("/")
+    return fetch_checkpoint(run, which, option) if which in CHECKPOINTS else fetch_model(address, option)
 
 
 def is_hub_id(reference: str) -> bool:
@@ -75,6 +86,13 @@ def folder_of(name: str) -> Path:
 
 def resolve_adapter(reference: str, *, option: str = "adapter") -> Path:
     """The adapter folder that a reference stands for: itself, or `adapter/` of a run; CheckpointError names the option."""
+    if is_remote(reference):
+        from genai_pl.remote_models import fetch_model
+
+        folder = fetch_model(reference, option, adapter=True)
+        if not (folder / ADAPTER).is_file():
+            raise CheckpointError(f"{option}={reference}: no {ADAPTER} there, nor in its adapter/")
+        return folder
     here = Path(reference).exists()
     named = None if here else named_run(reference, option) or named_sweep(reference, option)
     for path in (Path(reference).expanduser(), Path(reference) / "adapter", *([named / "adapter"] if named else [])):

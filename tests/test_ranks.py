@@ -2,7 +2,9 @@
 
 import pytest
 
-from genai_pl.ranks import RANK_VARIABLES, TASKS, is_first_process, started_by_srun, started_together
+from genai_pl.cli.command import per_process
+from genai_pl.errors import ConfigError
+from genai_pl.ranks import RANK_VARIABLES, TASKS, TORCH_VARIABLES, is_first_process, started_by_srun, started_together
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}  # what a batch script has
 
@@ -32,3 +34,21 @@ def test_one_process_is_the_first(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert (is_first_process(), started_by_srun(), started_together()) == (first, by_srun, together)
+
+
+@pytest.mark.parametrize(("processes", "part"), [("1", 8), ("2", 4), ("4", 2)])
+def test_a_process_has_its_part_of_a_step(processes: str, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in TORCH_VARIABLES:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    assert per_process(8) == part
+
+
+def test_a_part_that_does_not_exist_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*TORCH_VARIABLES, *JOB, TASKS):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="torchrun or srun counts the processes; without them give a number"):
+        per_process(8)
+    monkeypatch.setenv(TASKS, "3")
+    with pytest.raises(ConfigError, match="8 cannot be divided among 3 processes"):
+        per_process(8)

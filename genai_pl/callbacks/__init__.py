@@ -1,5 +1,6 @@
 """Callbacks for what Lightning lacks: exact checkpoints, clean interruption, one row of metrics for all outputs, samples."""
 
+from genai_pl.callbacks.attention import AttentionProbe
 from genai_pl.callbacks.benchmarks import Benchmarks
 from genai_pl.callbacks.best import BestCheckpoint, EarlyStop
 from genai_pl.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint
@@ -10,12 +11,14 @@ from genai_pl.callbacks.divergence import Divergence, LossWatch
 from genai_pl.callbacks.ema import EMA
 from genai_pl.callbacks.interrupt import Interrupt
 from genai_pl.callbacks.metrics_csv import MetricsCSV
-from genai_pl.callbacks.monitor import Monitor, memory_gib
+from genai_pl.callbacks.mirror import Mirror
+from genai_pl.callbacks.monitor import Monitor, memory_gib, products_dtype
 from genai_pl.callbacks.profile import Profile
 from genai_pl.callbacks.samples import Samples
 
 __all__ = [
     "AtomicCheckpointIO",
+    "AttentionProbe",
     "Benchmarks",
     "BestCheckpoint",
     "ConfusionPicture",
@@ -26,6 +29,7 @@ __all__ = [
     "Interrupt",
     "LossWatch",
     "MetricsCSV",
+    "Mirror",
     "Monitor",
     "Profile",
     "Samples",
@@ -33,6 +37,7 @@ __all__ = [
     "duration",
     "memory_gib",
     "newest_checkpoints",
+    "products_dtype",
     "saved_at",
     "step_of",
 ]

@@ -114,6 +114,11 @@ class BestCheckpoint(MetricWatch):
         found = self.improvements()
         return found[-1] if found else None
 
+    @property
+    def file_name(self) -> str | None:
+        """The name of the best checkpoint, None before there is one."""
+        return None if self.best is None else f"step={self.best.step:06d}.ckpt"
+
     def state_dict(self) -> dict[str, object]:
         return {**super().state_dict(), "metrics": self.metrics}
 
@@ -142,16 +147,15 @@ class BestCheckpoint(MetricWatch):
 
     def point(self) -> None:
         """Let `best.ckpt` name the best checkpoint; nothing while that is still being written."""
-        if self.best is None:
+        if (name := self.file_name) is None:
             return
-        name = f"step={self.best.step:06d}.ckpt"
         present = [path for path in (self.folder / name, self.folder / f"aside-{name}") if path.exists()]
         if present:
             link(present[0], self.path)
 
     def rewind(self) -> None:
         """Point at the best one before a resumed run; those of later steps, which are made again, are set aside by now."""
-        if self.best is not None and not (self.folder / f"step={self.best.step:06d}.ckpt").exists():
+        if self.best is not None and not (self.folder / self.file_name).exists():
             log.warning("best        the checkpoint of step %d is gone: the best is counted anew", self.best.step)
             self.history, self.metrics = [], {}
         if self.best is None:

@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from genai_pl.callbacks.best import BestCheckpoint, remove_old
 from genai_pl.callbacks.checkpoint_files import link, named_step, newest_checkpoints, step_of
 from genai_pl.callbacks.due import passed
+from genai_pl.callbacks.mirror import Mirror
 from genai_pl.callbacks.shares import dropout_share, gather_shares, restore_share
 from genai_pl.callbacks.validation import validate_if_due, validation_is_due
 from genai_pl.checkpoints.file import MARK, read_checkpoint, write_checkpoint
@@ -60,6 +61,7 @@ class StepCheckpoint(Checkpoint):
     keep: how many stay; at least the newest two until a step after the newest has given a finite loss
     every_n_minutes: minutes since the last one after which the next step gets one
     best: what keeps the best one; every step that is validated then gets one
+    mirror: what copies the run folder into object storage, with every checkpoint
 
     `describe_run` gives the rest, which is known only when model and tokenizer are.
     """
@@ -72,9 +74,10 @@ class StepCheckpoint(Checkpoint):
         *,
         every_n_minutes: float | None = None,
         best: BestCheckpoint | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         self.folder, self.every_n_steps, self.keep = Path(folder), every_n_steps, keep
-        self.every_n_minutes, self.best = every_n_minutes, best
+        self.every_n_minutes, self.best, self.mirror = every_n_minutes, best, mirror
         self._saved = time.monotonic()  # when, in this process
         self.contents: dict[str, object] = {}  # these three from `describe_run`
         self.trained_only = False
@@ -150,7 +153,12 @@ class StepCheckpoint(Checkpoint):
             self.best.point()  # a thread may have been writing it during the validation
         self._unconfirmed = True
         # the previous one is known to be good; this one only after the next step
+        if self.mirror is not None:
+            self.mirror.wait()  # nothing is removed while it is being copied
         self._keep_newest(max(self.keep, 2))
+        if self.mirror is not None:
+            self.mirror.best = None if self.best is None else self.best.file_name
+            self.mirror.start()
 
     def confirm(self) -> None:
         """Note that the weights of the newest checkpoint have given a finite loss: older ones may be removed."""

@@ -33,7 +33,7 @@ from genai_pl.cli.schema import OPEN_MAPPINGS, SCHEMAS
 from genai_pl.config.redaction import redact, register_secret
 from genai_pl.errors import ConfigError, TrainingError, UserError, system_error, system_line
 from genai_pl.plugins import import_plugins
-from genai_pl.ranks import started_by_srun
+from genai_pl.ranks import n_started, started_by_srun
 from genai_pl.training.config_errors import check_bounds, check_choices, check_types, explain_config_error
 from genai_pl.training.hydra_job import is_search_job, job_overrides
 from genai_pl.training.output_folders import remove_unstarted, remove_unstarted_job, reserve_folder
@@ -49,9 +49,10 @@ RUN_NAME = re.compile(r"[^\W_][\w.+=@-]{0,99}")
 def register() -> None:
     """Register resolvers and schemas with Hydra's ConfigStore; the files of conf/ refer to them by name.
 
-    Resolvers: `${rows_of:TOKENS,SEQ_LEN}` (rows of a batch of this many tokens, at least 1),
-    `${run_folder:NAME,TIME}` and `${unused:PATH}` (a folder that did not exist).
+    Resolvers: `${rows_of:TOKENS,SEQ_LEN}` (rows of a batch of this many tokens, at least 1), `${per_process:N}` (a
+    process's part of N), `${run_folder:NAME,TIME}` and `${unused:PATH}` (a folder that did not exist).
     """
+    OmegaConf.register_new_resolver("per_process", per_process, replace=True)
     OmegaConf.register_new_resolver("rows_of", lambda tokens, seq_len: max(1, tokens // seq_len), replace=True)
     OmegaConf.register_new_resolver("run_folder", run_folder_name, replace=True)
     OmegaConf.register_new_resolver("unused", reserve_folder, replace=True, use_cache=True)
@@ -75,6 +76,18 @@ def open_mappings(schema: object) -> DictConfig:
         if isinstance(child, DictConfig) and child._value() == {}:
             OmegaConf.set_struct(child, False)
     return config
+
+
+def per_process(total: int) -> int:
+    """A process's part of a number, for steps of one size on any number of nodes; ConfigError where there is none."""
+    processes = n_started()
+    if processes is None:
+        raise ConfigError(
+            f"${{per_process:{total}}}: torchrun or srun counts the processes; without them give a number"
+        )
+    if total % processes:
+        raise ConfigError(f"${{per_process:{total}}}: {total} cannot be divided among {processes} processes")
+    return total // processes
 
 
 def run_folder_name(name: str | None, time: str) -> str:

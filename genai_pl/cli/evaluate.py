@@ -31,6 +31,7 @@ from genai_pl.evaluation.steps import step_separator
 from genai_pl.evaluation.tasks import measure, n_rows
 from genai_pl.exporting import export_model
 from genai_pl.loading import Loaded, load
+from genai_pl.models import move_to
 from genai_pl.models.virtual_tokens import context_of
 from genai_pl.peft import adapters_of, merge
 from genai_pl.progress import progress_bar
@@ -115,9 +116,9 @@ def evaluate_data(config: DictConfig) -> dict[str, float]:
         refuse_unused(config, job_overrides(), [NO_BOS_RULE])
     if config.completions and not isinstance(task, GenerativeTask):
         raise ConfigError(f"completions={config.completions}: data.path={options.path} is read, and nothing is written")
-    model = loaded.model.to(device)
+    weights, products = weights_of(config.precision.lightning, config.dtype, device)
+    model = move_to(loaded.model, device, products or weights)
     written: list[dict[str, object]] = []
-    products = weights_of(config.precision.lightning, config.dtype, device)[1]
     with (
         progress_bar(n_rows(task), "evaluating", leave=False) as bar,
         torch.autocast(device.type, dtype=products, enabled=products is not None),

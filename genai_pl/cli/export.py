@@ -42,7 +42,8 @@ def export(config: DictConfig) -> int:
     """Write the model in the format asked for, and print what reads it; the exit status."""
     # options, before anything is loaded
     if config.format not in FORMATS:
-        raise ConfigError(f"format={config.format} is not one of {', '.join(FORMATS)}")
+        instead = "; its runtime reads format=onnx" if config.format in ("openvino", "executorch") else ""
+        raise ConfigError(f"format={config.format} is not one of {', '.join(FORMATS)}{instead}")
     if config.dtype is not None and config.dtype not in DTYPES:
         raise ConfigError(f"dtype={config.dtype} is not one of {', '.join(DTYPES)}")
     _check_quantize(config)

@@ -217,7 +217,7 @@ def read_finished(out: Path, config: DictConfig, source: sources.Source) -> Fini
         raise ConfigError(
             f"out={config.out}: a folder, or else no file: name a file to write, as {out / 'feedback.jsonl'}"
         )
-    if any(out.samefile(file) for file in source.files):
+    if any(out.samefile(file) for file in source.files if isinstance(file, Path)):
         raise ConfigError(f"out={config.out}: data.path={config.data.path} is read from it; name a new file")
     try:
         *lines, last = out.read_bytes().split(b"\n")

@@ -23,7 +23,7 @@ from genai_pl.errors import ConfigError, DataError
 from genai_pl.generation import Acceptance, Completion, complete, encode_prompt
 from genai_pl.generation.fill_mask import fill
 from genai_pl.loading import Loaded, load, load_draft
-from genai_pl.models import Encoder, prepare_for_decoding
+from genai_pl.models import Encoder, move_to, prepare_for_decoding
 from genai_pl.models.virtual_tokens import context_of
 from genai_pl.peft import RowWeights, adapters_of
 from genai_pl.training.hydra_job import job_overrides
@@ -47,7 +47,7 @@ def generate(config: DictConfig) -> int:
         head = loaded.model.config.head
         other = "a model of scores or labels: set score=true" if head.scores else "a model of vectors: set embed=true"
         raise ConfigError(f"checkpoint={config.checkpoint}: writes no text, it is {other}")
-    loaded.model.to(device)
+    move_to(loaded.model, device, products or weights)
     # fused decoding needs weights and products in one dtype
     if products is None:
         prepare_for_decoding(loaded.model, rows=rows)

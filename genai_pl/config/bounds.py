@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Literal, NamedTuple, Union, get_args, get_origin
 
 from genai_pl.config.values import MAX_SIZE
+from genai_pl.object_storage import is_remote
 
 
 class Bound(NamedTuple):
@@ -130,11 +131,15 @@ BOUNDS: dict[str, Bound] = {
     "trainer.optimizer_in_backward": FLAG,
     "callbacks.checkpoint.every_n_steps": COUNT_OR_NULL,
     "callbacks.checkpoint.every_n_minutes": POSITIVE_OR_NULL,
-    **{f"callbacks.{name}": any_of(TEXT, NULL) for name in ("checkpoint.best", "early_stopping.metric")},
+    **{
+        f"callbacks.{name}": any_of(TEXT, NULL)
+        for name in ("checkpoint.best", "checkpoint.dirpath", "early_stopping.metric")
+    },
     **{f"callbacks.{name}.mode": any_of(choice("min", "max"), NULL) for name in ("checkpoint", "early_stopping")},
     "callbacks.early_stopping.patience": COUNT_OR_NULL,
     "callbacks.early_stopping.min_delta": real(0),
     "callbacks.checkpoint.keep": COUNT,
+    "callbacks.checkpoint.dirpath": any_of(Bound("an address such as s3://BUCKET/RUN", is_remote), NULL),
     "callbacks.samples.every_n_steps": COUNT_OR_NULL,
     "callbacks.samples.prompts": any_of(list_of(TEXT), NULL),
     "callbacks.samples.max_new_tokens": COUNT,

@@ -100,13 +100,15 @@ class AttentionKind(str, Enum):
 
 
 class AttentionBackend(str, Enum):
-    """Implementation of attention. auto picks by device and prints why; dense holds all weights of a row, fast for
-    short rows of bf16 on a CPU; reference is eager PyTorch in fp32, the specification.
+    """Implementation of attention. auto picks by device (on a GPU by a probe) and prints why; varlen is torch's kernel for
+    packed rows on a GPU; dense holds all weights of a row, fast for short rows of bf16 on a CPU; reference is eager PyTorch
+    in fp32, the specification.
     """
 
     auto = "auto"
     triton = "triton"
     sdpa = "sdpa"
+    varlen = "varlen"
     dense = "dense"
     reference = "reference"
 

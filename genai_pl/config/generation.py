@@ -40,6 +40,7 @@ class GenerationConfig:
     draft: str | None = None  # smaller model with the same tokenizer that proposes tokens
     prompt_lookup: int | None = None  # propose what followed an earlier occurrence of the last n tokens (or fewer)
     draft_tokens: int = 8  # maximum tokens proposed at a time
+    cuda_graphs: bool = True  # GPU: record a step and replay it where that is faster; false: all steps eager
 
     def __post_init__(self) -> None:
         self.early_stopping = str(self.early_stopping).lower()

@@ -209,7 +209,8 @@ class ModelConfig:
             raise ConfigError("model.embedding_size below n_embd needs model.head=transform or tie_embeddings=false")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"model.dropout must be in [0, 1), not {self.dropout}")
-        if self.attention in (AttentionBackend.sdpa, AttentionBackend.dense) and self.softcap is not None:
+        uncapped = (AttentionBackend.sdpa, AttentionBackend.varlen, AttentionBackend.dense)
+        if self.attention in uncapped and self.softcap is not None:
             name = self.attention.value
             raise ConfigError(f"model.attention={name} has no softcap: set model.attention=auto, or model.softcap=null")
 

@@ -98,25 +98,36 @@ class ChatTemplate:
         # templates of models that see images want a list of parts, and some drop a text silently
         self.needs_parts = not self._shows_question() and self._shows_question(in_parts=True)
 
-    def render(self, messages: Messages, tools: Tools = (), *, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation; DataError with the template's own message if it refuses."""
+    def render(
+        self,
+        messages: Messages,
+        tools: Tools = (),
+        *,
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, object] | None = None,
+    ) -> str:
+        """The text of a conversation; DataError with the template's own message if it refuses.
+
+        variables: further ones that the template reads, see `template_options`
+        """
         from jinja2 import TemplateError
 
         turns = [self._with_own_key(message) for message in messages]
         turns = [self._in_parts(message) for message in turns] if self.needs_parts else turns
         options = {"tools": list(tools) or None, "tokenize": False, "add_generation_prompt": add_generation_prompt}
+        options = {**(variables or {}), **options}
         try:
             try:
                 return self.tokenizer.apply_chat_template(turns, **options)
             except TypeError:  # most templates read the arguments of calls as objects, some as JSON text
                 return self.tokenizer.apply_chat_template([*map(_with_json_arguments, turns)], **options)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise DataError(f"messages: the chat template refuses a conversation ({error})") from None
 
-    def prompt(self, messages: Messages, tools: Tools = ()) -> str:
+    def prompt(self, messages: Messages, tools: Tools = (), variables: Mapping[str, object] | None = None) -> str:
         """The text of a conversation up to and including the generation prompt: what a model continues."""
         check_messages(messages)
-        text = self.render(messages, tools, add_generation_prompt=True)
+        text = self.render(messages, tools, add_generation_prompt=True, variables=variables)
         self._check_tools(tools, text)
         for n, message in enumerate(messages):
             if message["role"] != "assistant":

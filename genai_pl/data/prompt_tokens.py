@@ -9,7 +9,7 @@ tokens everywhere. Three rules:
   where the generation prompt alone has other tokens than the text has there, the text is tokenized in two parts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -185,12 +185,13 @@ def encode_prompt(
     prompt: str | Messages,
     tools: Tools = (),
     template: ChatTemplate | None = None,
+    variables: Mapping[str, object] | None = None,
 ) -> np.ndarray:
     """The tokens (n,) int32 that a model continues: of a text, or of messages with the generation prompt.
 
-    template: a `ChatTemplate` of the tokenizer, to reuse what it has found out.
+    template: a `ChatTemplate` of the tokenizer, to reuse what it has found out. variables: for it, see `template_options`.
     """
-    return encode_prompts(tokenizer, [prompt], [tools], template)[0]
+    return encode_prompts(tokenizer, [prompt], [tools], template, variables)[0]
 
 
 def encode_prompts(
@@ -198,6 +199,7 @@ def encode_prompts(
     prompts: Sequence[str | Messages],
     tools: Sequence[Tools] | None = None,
     template: ChatTemplate | None = None,
+    variables: Mapping[str, object] | None = None,
 ) -> list[np.ndarray]:
     """`encode_prompt` for each prompt; they are texts, or all of them messages."""
     if not prompts or isinstance(prompts[0], str):
@@ -209,7 +211,8 @@ def encode_prompts(
         rows = [ids[1:] if ids[:2] == begin else ids for ids in rows]
     else:
         template = template or ChatTemplate(tokenizer)
-        texts = [template.prompt(*row) for row in zip(prompts, _tools_per_row(tools, len(prompts)), strict=True)]
+        pairs = zip(prompts, _tools_per_row(tools, len(prompts)), strict=True)
+        texts = [template.prompt(*pair, variables) for pair in pairs]
         rows = tokenizer(texts, add_special_tokens=False, **NO_WARNINGS)["input_ids"]
     return [np.asarray(ids, dtype=np.int32) for ids in rows]
 

@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING
 
 from genai_pl.data.columns import Place, decode_at, drop_missing_keys, loads, preview, type_name
 from genai_pl.errors import DataError
+from genai_pl.object_storage import RemoteFile
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
+File = Path | RemoteFile  # of this machine, or of object storage
 Record = Mapping[str, object]
 Records = Iterator[tuple[Place, Record]]
 OnBytes = Callable[[float], object]  # receives how many more bytes have been read
@@ -44,7 +46,7 @@ def no_report(_: float) -> None:
 
 
 def read_records(
-    files: Sequence[Path],
+    files: Sequence[File],
     *,
     columns: Collection[str] | None = None,
     by_line: bool = False,
@@ -66,7 +68,7 @@ def read_records(
             raise DataError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
 
 
-def _read_file(path: Path, columns: Collection[str] | None, by_line: bool, on_bytes: OnBytes) -> Iterator[Record]:
+def _read_file(path: File, columns: Collection[str] | None, by_line: bool, on_bytes: OnBytes) -> Iterator[Record]:
     """The records of a file, by its suffix."""
     kind_of_file = BUILDERS[path.suffix.lower()]
     if kind_of_file == "parquet":
@@ -76,25 +78,44 @@ def _read_file(path: Path, columns: Collection[str] | None, by_line: bool, on_by
     return csv_rows(path, on_bytes) if kind_of_file == "csv" else json_rows(path, on_bytes)
 
 
-class _CountedFile(io.FileIO):
+class _CountedFile(io.RawIOBase):
     """A file opened to be read, which reports the bytes of each read."""
 
-    def __init__(self, path: Path, on_bytes: OnBytes) -> None:
-        super().__init__(path)
+    def __init__(self, path: File, on_bytes: OnBytes) -> None:
+        super().__init__()
+        self._raw = path.open_raw() if isinstance(path, RemoteFile) else io.FileIO(path)
         self._on_bytes = on_bytes
 
+    def readable(self) -> bool:
+        return True
+
     def readinto(self, buffer: bytearray) -> int:
-        n = super().readinto(buffer)
+        n = self._raw.readinto(buffer)
         self._on_bytes(n)
         return n
 
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
-def _opened(path: Path, on_bytes: OnBytes, newline: str | None = None) -> io.TextIOWrapper:
+
+def _opened(path: File, on_bytes: OnBytes = no_report, newline: str | None = None) -> io.TextIOWrapper:
     """The file as text; `newline` as in `open`."""
     return io.TextIOWrapper(io.BufferedReader(_CountedFile(path, on_bytes)), encoding=BYTES, newline=newline)
 
 
-def column_names(files: Sequence[Path]) -> list[str]:
+def size_of(path: File) -> int:
+    """Bytes of a file."""
+    return path.size if isinstance(path, RemoteFile) else path.stat().st_size
+
+
+def _whole_text(path: File) -> str:
+    """The text of a file, without whitespace around it."""
+    with _opened(path) as file:
+        return file.read().strip()
+
+
+def column_names(files: Sequence[File]) -> list[str]:
     """The columns of the first file that has rows; of JSON, those of its first rows."""
     for path in files:
         if path.suffix.lower() == ".parquet":
@@ -107,20 +128,20 @@ def column_names(files: Sequence[Path]) -> list[str]:
     return []
 
 
-def text_rows(path: Path, on_bytes: OnBytes = no_report) -> Iterator[Record]:
+def text_rows(path: File, on_bytes: OnBytes = no_report) -> Iterator[Record]:
     """The whole text as one record."""
     with _opened(path, on_bytes) as file:
         yield {"text": "".join(iter(partial(file.read, PIECE), ""))}
 
 
-def text_lines(path: Path, on_bytes: OnBytes = no_report) -> Iterator[Record]:
+def text_lines(path: File, on_bytes: OnBytes = no_report) -> Iterator[Record]:
     """One record per line, which keeps its line break."""
     with _opened(path, on_bytes) as file:
         for line in file:
             yield {"text": line}
 
 
-def csv_rows(path: Path, on_bytes: OnBytes = no_report) -> Iterator[Record]:
+def csv_rows(path: File, on_bytes: OnBytes = no_report) -> Iterator[Record]:
     """One record per row, all cells texts; empty lines are skipped."""
     csv.field_size_limit(sys.maxsize)
     with _opened(path, on_bytes, newline="") as file:
@@ -140,9 +161,9 @@ def csv_rows(path: Path, on_bytes: OnBytes = no_report) -> Iterator[Record]:
             raise DataError(f"{path}: line {lines.line_num}: not csv ({error})") from None
 
 
-def json_rows(path: Path, on_bytes: OnBytes = no_report) -> Iterator[Record]:
+def json_rows(path: File, on_bytes: OnBytes = no_report) -> Iterator[Record]:
     """The objects of a list, of lines, or one after the other; a string stands for an object with that `text`."""
-    with path.open(encoding=BYTES) as file:
+    with _opened(path) as file:
         first = next((line for line in file if not line.isspace()), "")
     if first.lstrip().startswith("["):
         yield from _of_list(path, on_bytes)
@@ -161,26 +182,26 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def _of_list(path: Path, on_bytes: OnBytes) -> Iterator[Record]:
+def _of_list(path: File, on_bytes: OnBytes) -> Iterator[Record]:
     """The records of one JSON list, which is decoded whole: each counts as an equal part of the file."""
-    values, _ = _decoded(path.read_text(encoding=BYTES).strip(), path, 0)
-    size = path.stat().st_size / max(len(values), 1)
+    values, _ = _decoded(_whole_text(path), path, 0)
+    size = size_of(path) / max(len(values), 1)
     for number, value in enumerate(values, start=1):
         on_bytes(size)
         yield _row(value, path, number)
 
 
-def _of_lines(path: Path, on_bytes: OnBytes) -> Iterator[Record]:
+def _of_lines(path: File, on_bytes: OnBytes) -> Iterator[Record]:
     """The records of JSON lines."""
     with _opened(path, on_bytes, newline="\n") as file:
         for number, line in enumerate((line for line in file if not line.isspace()), start=1):
             yield _row(_decoded(line, path, number)[0], path, number)
 
 
-def _of_values(path: Path, on_bytes: OnBytes) -> Iterator[Record]:
+def _of_values(path: File, on_bytes: OnBytes) -> Iterator[Record]:
     """The records of JSON values that extend over lines, with whitespace between them."""
-    text, number, end = path.read_text(encoding=BYTES).strip(), 0, 0
-    bytes_per_character = path.stat().st_size / max(len(text), 1)
+    text, number, end = _whole_text(path), 0, 0
+    bytes_per_character = size_of(path) / max(len(text), 1)
     while end < len(text):
         number, start = number + 1, end
         value, end = _decoded(text, path, number, SPACE.match(text, end).end())
@@ -188,7 +209,7 @@ def _of_values(path: Path, on_bytes: OnBytes) -> Iterator[Record]:
         yield _row(value, path, number)
 
 
-def _decoded(text: str, path: Path, number: int, start: int | None = None) -> tuple[object, int]:
+def _decoded(text: str, path: File, number: int, start: int | None = None) -> tuple[object, int]:
     """The JSON value that is the whole text, or the one that begins at `start`, and the position after it."""
     try:
         return (loads(text), len(text)) if start is None else decode_at(text, start)
@@ -201,7 +222,7 @@ def _decoded(text: str, path: Path, number: int, start: int | None = None) -> tu
     raise DataError(f"{path}: cannot be read as json ({f'row {number}: ' if number else ''}{reason})")
 
 
-def _row(value: object, path: Path, number: int) -> Record:
+def _row(value: object, path: File, number: int) -> Record:
     """A JSON value as a record; DataError if it is neither an object nor a string."""
     if isinstance(value, str):
         return {"text": value}
@@ -210,13 +231,13 @@ def _row(value: object, path: Path, number: int) -> Record:
     return value
 
 
-def parquet_file(path: Path) -> "ParquetFile":
+def parquet_file(path: File) -> "ParquetFile":
     """The opened parquet file; DataError if it is none or has a column twice."""
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
     try:
-        file = ParquetFile(path)
+        file = ParquetFile(io.BufferedReader(path.open_raw()) if isinstance(path, RemoteFile) else path)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as parquet ({first_line(error)})") from None
     names = file.schema_arrow.names
@@ -225,14 +246,14 @@ def parquet_file(path: Path) -> "ParquetFile":
     return file
 
 
-def parquet_rows(path: Path, columns: Collection[str] | None, on_bytes: OnBytes = no_report) -> Iterator[Record]:
+def parquet_rows(path: File, columns: Collection[str] | None, on_bytes: OnBytes = no_report) -> Iterator[Record]:
     """Records of Python values; a struct has only the keys that hold something."""
     import pyarrow as pa
 
     file = parquet_file(path)
     names = [name for name in file.schema_arrow.names if columns is None or name in columns]
     nested = {name for name in names if pa.types.is_nested(file.schema_arrow.field(name).type)}
-    bytes_per_row = path.stat().st_size / max(file.metadata.num_rows, 1)
+    bytes_per_row = size_of(path) / max(file.metadata.num_rows, 1)
     try:
         for batch in file.iter_batches(batch_size=SCHEMA_ROWS, columns=names):
             on_bytes(batch.num_rows * bytes_per_row)
@@ -247,7 +268,7 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def why_undecodable(path: Path) -> str:
+def why_undecodable(path: File) -> str:
     """The reason why a file is not UTF-8: the first bad byte with its line, or the compression of the file."""
     contents = path.read_bytes()
     compression = next((name for mark, name in COMPRESSED.items() if contents.startswith(mark)), None)

@@ -1,7 +1,8 @@
 """Sources: files, folders, globs, shipped sets and hub names, read into tables of documents or streamed.
 
-A path names a source as follows, first match first: a file; a folder (all files of known suffixes below it); a glob; a
-set that is shipped in `corpus/`; a name on the hub, owner/name. A table that is read from files is cached under a name
+A path names a source as follows, first match first: an address of object storage (s3://...), a file there, a folder or a
+glob; a file; a folder (all files of known suffixes below it); a glob; a set that is shipped in `corpus/`; a name on the hub,
+owner/name. A table that is read from files is cached under a name
 made of the files' contents (`cache_name`), so an edited file is read again and an unchanged one never.
 """
 
@@ -23,10 +24,11 @@ import numpy as np
 from genai_pl.data import checksummed, records
 from genai_pl.data.columns import Place, drop_missing_keys, parse_text
 from genai_pl.data.odd_rows import log_odd_rows
-from genai_pl.data.records import BUILDERS, Records, first_line
+from genai_pl.data.records import BUILDERS, File, Records, first_line, size_of
 from genai_pl.data.table_store import FORMAT, Cells, cached_table
 from genai_pl.errors import DataError, reason_of
 from genai_pl.imports import collecting_later
+from genai_pl.object_storage import RemoteFile, find_files, is_remote
 from genai_pl.progress import BYTES, progress_bar
 
 if TYPE_CHECKING:
@@ -39,14 +41,14 @@ CORPUS = Path(__file__).parent / "corpus"
 
 @dataclass(frozen=True)
 class Source:
-    """Where documents are read from: local files of one kind, or a name on the hub.
+    """Where documents are read from: files of one kind, here or in object storage, or a name on the hub.
 
     name: as the user gave it. files: empty for a name on the hub. split: of a data set on the hub.
     columns: (name, name in the files) of columns that are read under another name.
     """
 
     name: str
-    files: tuple[Path, ...] = ()
+    files: tuple[File, ...] = ()
     split: str = "train"
     columns: tuple[tuple[str, str], ...] = ()
 
@@ -80,6 +82,11 @@ def find_source(path: str, *, option: str = "data.path", columns: Mapping[str, s
 
 def _found(path: str, option: str) -> Source:
     """The source of a path, its columns as they are called."""
+    # files of object storage
+    if is_remote(path):
+        there = find_files(path, option)
+        known = [file for file in there if file.suffix.lower() in BUILDERS]
+        return _source_of_files(path, known or there, option)
     # local files: one, all of a folder, or those of a glob
     if Path(path).is_file():
         files = [Path(path)]
@@ -90,10 +97,10 @@ def _found(path: str, option: str) -> Source:
     else:
         files = sorted(Path(p) for p in glob.glob(path, recursive=True) if Path(p).is_file())
     if files:
-        return _local_source(path, files, option)
+        return _source_of_files(path, files, option)
     # no local file: a shipped set, then a name on the hub
     if (CORPUS / path).is_dir():
-        return _local_source(path, [next((CORPUS / path).glob("train.*"))], option)
+        return _source_of_files(path, [next((CORPUS / path).glob("train.*"))], option)
     if path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix:
         return Source(path)
     shipped = ", ".join(sorted(p.name for p in CORPUS.iterdir() if p.is_dir()))
@@ -106,18 +113,18 @@ def shipped_validation(path: str) -> Source | None:
     """The validation file of a shipped set; None for any other path."""
     if Path(path).expanduser().exists() or not (CORPUS / path).is_dir():
         return None
-    return _local_source(path, list((CORPUS / path).glob("val.*")), "data.path")
+    return _source_of_files(path, list((CORPUS / path).glob("val.*")), "data.path")
 
 
-def _local_source(path: str, files: list[Path], option: str) -> Source:
-    """A source of local files of one known kind; DataError for others, for a mixture, and for empty ones."""
+def _source_of_files(path: str, files: Sequence[File], option: str) -> Source:
+    """A source of files of one known kind; DataError for others, for a mixture, and for empty ones."""
     unknown = [p for p in files if p.suffix.lower() not in BUILDERS]
     if unknown:
         raise DataError(f"{option}={unknown[0]}: unknown kind of file; known: {', '.join(BUILDERS)}")
     kinds = {BUILDERS[p.suffix.lower()] for p in files}
     if len(kinds) > 1:
         raise DataError(f"{option}={path}: files of several kinds ({', '.join(sorted(kinds))}); name one with a glob")
-    if all(p.stat().st_size == 0 for p in files):
+    if all(size_of(p) == 0 for p in files):
         raise DataError(f"{option}={path}: empty")
     return Source(path, tuple(files))
 
@@ -158,7 +165,7 @@ def verify_unchanged(source: Source, cells: Cells) -> Cells:
         raise DataError(f"data.path={source.name}: it has changed while it was read; start again")
 
 
-def _stream_texts(files: list[Path], column: str) -> Iterator[dict[str, str]]:
+def _stream_texts(files: list[File], column: str) -> Iterator[dict[str, str]]:
     """Generator of {"text"} for a streamed data set; a top-level function, because `datasets` pickles it."""
     for place, row in records.read_records(files, columns=[column], by_line=True):
         yield {"text": parse_text(row.get(column), place.at(column))}
@@ -199,7 +206,7 @@ def read_records(source: Source, columns: Collection[str] | None = None) -> Reco
         return
     in_files = dict(source.columns)
     names = None if columns is None else {in_files.get(name, name) for name in columns}
-    with progress_bar(sum(path.stat().st_size for path in source.files), "reading", unit=BYTES) as bar:
+    with progress_bar(sum(map(size_of, source.files)), "reading", unit=BYTES) as bar:
         rows = records.read_records(source.files, columns=names, on_bytes=bar.update)
         yield from _renamed(rows, source) if source.columns else rows
 
@@ -306,11 +313,18 @@ def configure_progress_bars() -> None:
 
 
 def content_hash(source: Source) -> str:
-    """A hash of a source's present contents: of the bytes of its files, or of its hub name."""
+    """A hash of a source's present contents: of the bytes of its files, or of its hub name.
+
+    Of object storage, of sizes and versions (`ETag`), which say without a download what has changed.
+    """
     digest = hashlib.blake2b(source.name.encode() if not source.files else b"", digest_size=8)
     if source.columns:
         digest.update(repr(source.columns).encode())
-    for path in source.files:
+    remote = [file for file in source.files if isinstance(file, RemoteFile)]
+    for file in find_files(source.name, "data.path") if remote else ():
+        if file.suffix.lower() in BUILDERS:
+            digest.update(f"{file.size}/{file.version}{file.suffix}".encode() + b"\0")
+    for path in source.files if not remote else ():
         try:
             digest.update(checksummed.cached_digest(path) + path.suffix.encode() + b"\0")
         except OSError as error:

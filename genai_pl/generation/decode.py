@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.generation.banned_tokens import build_banned_tokens
+from genai_pl.generation.captured_step import CapturedSteps
 from genai_pl.generation.decode_state import DecodeState, check_prompt
 from genai_pl.generation.output_constraints import NO_CONSTRAINTS, OutputConstraints
 from genai_pl.generation.prefix_cache import PrefixCache
@@ -68,7 +69,9 @@ def decode(
     generated: list[list[int]] = [[] for _ in range(N)]  # by row, for `banned_tokens` alone
     with evaluating(model):
         # prefill: one forward pass over the prompts, whose last logits serve all samples
-        state = DecodeState(model, B, T + config.max_new_tokens - 1, row_weights)  # the last token is never an input
+        steps = CapturedSteps() if config.cuda_graphs and input_ids.device.type == "cuda" else None
+        n_tokens = T + config.max_new_tokens - 1  # the last token is never an input
+        state = DecodeState(model, B, n_tokens, row_weights, steps)
         read = state.forward if prefix_cache is None else partial(prefix_cache.prefill, state)
         logits = read(input_ids, segment_ids).repeat_interleave(num_samples, dim=0)
         state.expand(num_samples)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from genai_pl.config.enums import Shape
 from genai_pl.errors import ConfigError
+from genai_pl.generation.captured_step import CapturedSteps
 from genai_pl.models import Decoder, DecoderWithSource
 from genai_pl.peft.adapter import RowWeights
 
@@ -23,6 +24,7 @@ class DecodeState:
     tokens: (B, n) ids since the last restart. segments: (B, n) their segment ids, or None where no call gave any.
     row_weights: weights of adapters for each row, or None where all rows are alike; selected together with the cache.
     row_ids: (n_rows,) numbers of the rows that are still decoded, as the caller counts them; None while all are.
+    steps: graphs of single steps, on a GPU; None: all steps are eager.
     """
 
     def __init__(
@@ -31,9 +33,10 @@ class DecodeState:
         batch_size: int,
         n_tokens: int,
         row_weights: RowWeights | None = None,
+        steps: CapturedSteps | None = None,
     ) -> None:
         """An empty state for `batch_size` prompts that will hold `n_tokens` tokens, prompt included."""
-        self.model, self.row_weights = model, row_weights
+        self.model, self.row_weights, self.steps = model, row_weights, steps
         with self._row_weights_applied():
             self.cache = model.new_cache(batch_size, min(n_tokens, model.config.max_seq_len))
         self.tokens: Tensor | None = None
@@ -64,6 +67,10 @@ class DecodeState:
             self.segments = _after(self.segments, segment_ids)
         if input_ids.shape[1] > self.remaining:
             input_ids, segment_ids = self._restart()
+        if self.steps is not None and self.row_weights is None and n == 1:
+            logits = self.steps.step(self.model, self.cache, input_ids, segment_ids)
+            if logits is not None:
+                return logits[:, None]
         # logits at the last n positions alone: for all tokens of a prefill they would be the largest tensor
         with self._row_weights_applied():
             hidden = self.model.features(input_ids, segment_ids, cache=self.cache)

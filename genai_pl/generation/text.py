@@ -3,7 +3,7 @@
 `generate_text` is the short form; `complete` takes ids and returns `Completion`s with tokens and log-probabilities.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -128,12 +128,14 @@ def encode_prompt(
     prompt: str | chat.Messages,
     tools: chat.Tools = (),
     template: chat.ChatTemplate | None = None,
+    variables: Mapping[str, object] | None = None,
 ) -> list[int]:
     """Ids of a prompt, as in training. An empty prompt becomes the bos token, or eos where the tokenizer has no bos.
 
     prompt: a text, or messages, which `template` or the tokenizer's chat template formats. tools: functions for the template.
+    variables: further ones that the template reads.
     """
-    tokens = chat.encode_prompt(tokenizer, prompt, tools, template).tolist()
+    tokens = chat.encode_prompt(tokenizer, prompt, tools, template, variables).tolist()
     if tokens:
         return tokens
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

@@ -1,8 +1,9 @@
 """Attention: the one function that every model calls, and the choice of the backend that computes it.
 
 `reference.py` is the specification in plain tensor operations, `sdpa.py` calls torch's fused kernel, `dense.py` holds all
-attention probabilities of short rows at once, `flash/` has Triton kernels that read masks as rules. All of them take the same
-mask and score options, and give the same numbers up to rounding: `tests/kernels` compares each of them with the reference.
+attention probabilities of short rows at once, `varlen.py` calls torch's kernel for packed rows, `flash/` has Triton kernels
+that read masks as rules. All of them take the same mask and score options, and give the same numbers up to rounding:
+`tests/kernels` compares each of them with the reference. On a GPU `auto` follows `preference.py`, which a probe sets.
 """
 
 import functools
@@ -12,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +22,15 @@ from genai_pl.errors import ConfigError
 from genai_pl.kernels.cpu_products import bf16_products_pay
 from genai_pl.kernels.dense import dense_attention, dense_unsupported
 from genai_pl.kernels.mask import EVERYTHING, AttentionMask
+from genai_pl.kernels.preference import preferred
 from genai_pl.kernels.reference import reference_attention
 from genai_pl.kernels.score_options import PLAIN, ScoreOptions
 from genai_pl.kernels.sdpa import sdpa_attention, sdpa_unsupported
+from genai_pl.kernels.varlen import varlen_attention, varlen_unsupported
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "triton", "sdpa", "dense", "reference")
+BACKENDS = ("auto", "triton", "sdpa", "varlen", "dense", "reference")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_HEAD_DIM = 256
 # for which auto takes dense attention in bf16 on a CPU: fewer queries than this, or no more keys than that
@@ -76,10 +80,11 @@ def attention_with(
     _check_shapes(q, k, v, options.sinks)
     selected, reason = choose_backend(
         q.device,
-        softcap=options.softcap,
         head_dim=max(q.shape[-1], v.shape[-1]),
-        dtype=q.dtype,
+        dtype=_products_dtype(q),
         lengths=(q.shape[2], k.shape[2]),
+        mask=mask,
+        options=options,
         backend=backend,
     )
     # a fallback is slow and memory-hungry: the log tells why, once a process
@@ -91,6 +96,8 @@ def attention_with(
         return flash_attention(q, k, v, mask, options)[0]
     if selected == "sdpa":
         return sdpa_attention(q, k, v, mask, options)
+    if selected == "varlen":
+        return varlen_attention(q, k, v, mask, options)
     if selected == "dense":
         return dense_attention(q, k, v, mask, options)
     return reference_attention(q, k, v, mask, **options._asdict())
@@ -99,38 +106,67 @@ def attention_with(
 def choose_backend(
     device: torch.device,
     *,
-    softcap: float | None = None,
     head_dim: int = 1,
     dtype: torch.dtype = torch.float32,
     lengths: tuple[int, int] = (1, 1),
+    mask: AttentionMask = EVERYTHING,
+    options: ScoreOptions = PLAIN,
     backend: str = "auto",
 ) -> tuple[str, str]:
     """The backend that `attention` runs, and the reason for the log; ConfigError if the named one cannot compute this.
 
-    lengths: queries T and keys S. auto takes Triton on a GPU, else torch's fused kernel, or dense attention for short rows of
-    bfloat16 on a CPU that is fast in it, else the reference: the order of their speed.
+    dtype: of products. lengths: queries T and keys S. On a GPU auto takes the first of `preferred()` that can compute this;
+    elsewhere torch's fused kernel, or dense attention for short rows of bfloat16 on a CPU that is fast in it, else the
+    reference: the order of their speed.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"model.attention={backend} is not a backend: choose one of {', '.join(BACKENDS)}")
-    unsupported = {
-        "triton": triton_unsupported(device, head_dim=head_dim, dtype=dtype),
-        "sdpa": sdpa_unsupported(softcap=softcap),
-        "dense": dense_unsupported(softcap=softcap),
-    }
+    given = {"head_dim": head_dim, "dtype": dtype, "lengths": lengths, "mask": mask, "options": options}
     if backend != "auto":
-        if unsupported.get(backend):
-            raise ConfigError(
-                f"model.attention={backend} cannot run this model: {unsupported[backend]}; set model.attention=auto"
-            )
+        if reason := unsupported(backend, device, **given):
+            raise ConfigError(f"model.attention={backend} cannot run this model: {reason}; set model.attention=auto")
         return backend, f"model.attention={backend} asks for it"
-    if device.type == "cuda" and unsupported["triton"] is None:
-        return "triton", "its kernels run every mask and option on a GPU"
-    if unsupported["sdpa"]:
-        return "reference", unsupported["sdpa"]
+    if device.type == "cuda":
+        return _choose_preferred(device, given)
+    if reason := unsupported("sdpa", device, **given):
+        return "reference", reason
     if device.type == "cpu" and dtype is torch.bfloat16 and _rows_are_short(*lengths) and bf16_products_pay():
         return "dense", "it is faster for short bf16 rows on this CPU"
-    slower = f", where {unsupported['triton']}" if device.type == "cuda" else ""
-    return "sdpa", f"it is the fastest that runs on {device.type}{slower}"
+    return "sdpa", f"it is the fastest that runs on {device.type}"
+
+
+def _choose_preferred(device: torch.device, given: dict[str, Any]) -> tuple[str, str]:
+    """The first preferred backend that can compute a call, and why: the preference's reason, or what those before it lack."""
+    backends, why = preferred()
+    lacking = None
+    for name in backends:
+        reason = unsupported(name, device, **given)
+        if reason is None:
+            return name, why if lacking is None else f"{backends[0]} cannot: {lacking}"
+        lacking = lacking or reason
+    return "reference", f"no other can: {lacking or why}"
+
+
+def unsupported(
+    backend: str,
+    device: torch.device,
+    *,
+    head_dim: int,
+    dtype: torch.dtype,
+    lengths: tuple[int, int],
+    mask: AttentionMask,
+    options: ScoreOptions,
+) -> str | None:
+    """The reason why a backend cannot compute this, None where supported."""
+    if backend == "triton":
+        return triton_unsupported(device, head_dim=head_dim, dtype=dtype)
+    if backend == "sdpa":
+        return sdpa_unsupported(softcap=options.softcap)
+    if backend == "dense":
+        return dense_unsupported(softcap=options.softcap)
+    if backend == "varlen":
+        return varlen_unsupported(device, head_dim=head_dim, dtype=dtype, lengths=lengths, mask=mask, options=options)
+    return None
 
 
 def triton_unsupported(device: torch.device, *, head_dim: int, dtype: torch.dtype) -> str | None:
@@ -170,6 +206,13 @@ def _rows_are_short(T: int, S: int) -> bool:
     if torch.compiler.is_compiling() or _fused_only.get():
         return False
     return T < DENSE_QUERIES or S <= DENSE_KEYS
+
+
+def _products_dtype(q: Tensor) -> torch.dtype:
+    """The dtype that kernels multiply in: autocast's, where it is on, on a GPU; a CPU's choice goes by the queries alone."""
+    kind = q.device.type
+    casts = kind == "cuda" and q.dtype != torch.float64 and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if casts else q.dtype
 
 
 @functools.cache

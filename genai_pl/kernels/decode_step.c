@@ -173,14 +173,25 @@ static void join_chunks(const Shape *s, const float *parts, float *attended, con
     }
 }
 
-static void multiply(const Matrix *m, const float *x, const float *more, float *y, long B, long thread, long threads) {
+/* x (B, in) as products take it: more than ROWS as columns, which threads turn together and wait for */
+static const float *as_input(const float *x, float *columns, long B, long in, long thread, long threads) {
+    if (B <= ROWS) return x;
+    turn(x, columns, B, in, in * thread / threads, in * (thread + 1) / threads);
+#pragma omp barrier
+    return columns;
+}
+
+static void multiply(const Matrix *m, const float *x, float *columns, const float *more, float *y, long B, long thread, long threads) {
     const long share = share_of(m->out, threads);
+    x = as_input(x, columns, B, m->in, thread, threads);
     some_channels((int)m->kind, x, m->weight, m->scales, m->bias, more, y, B, m->out, m->in, lesser(thread * share, m->out),
                   lesser((thread + 1) * share, m->out));
 }
 
 /* hidden (B, F) of an MLP, for this thread's channels: the gate's and the other's of a channel by one thread */
-static void multiply_up(const Shape *s, const Matrix *m, const float *x, float *up, float *hidden, long B, long thread, long threads) {
+static void multiply_up(const Shape *s, const Matrix *m, const float *x, float *columns, float *up, float *hidden, long B, long thread,
+                        long threads) {
+    x = as_input(x, columns, B, m->in, thread, threads);
     const long F = s->F, share = share_of(F, threads), first = lesser(thread * share, F), last = lesser(first + share, F);
     for (long half = 0; half <= s->gated; half++)
         some_channels((int)m->kind, x, m->weight, m->scales, m->bias, NULL, up, B, m->out, m->in, half * F + first, half * F + last);
@@ -199,10 +210,17 @@ static long chunks_of(const Cache *cache, long B) {
     return most;
 }
 
+/* floats for the inputs of any product as columns */
+static long columns_of(const Shape *s, long B) {
+    const long widest = s->F > s->C ? s->F : s->C;
+    return columns_memory(B, widest > s->H * s->D ? widest : s->H * s->D);
+}
+
 /* floats of memory that a step needs */
 long decode_step_memory(const Shape *s, const Cache *cache, long B, long threads) {
     const long heads = B * (s->H + 2 * s->K) * s->D + B * s->H * s->D + B * s->H * chunks_of(cache, B) * (s->D + 2);
-    return threads * (B * s->C + CHUNK) + heads + B * s->C + B * s->F * (2 + s->gated);
+    return columns_of(s, B) + threads * (B * s->C + CHUNK) + heads + B * s->C +
+           B * s->F * (2 + s->gated);
 }
 
 /* x (B, C), embeddings of a token of each row, becomes its hidden states after all blocks; keys and values go to the cache.
@@ -210,7 +228,7 @@ long decode_step_memory(const Shape *s, const Cache *cache, long B, long threads
 void decode_step(const Shape *s, const Layer *layers, float *x, const float *cosine, const float *sine, long positions,
                  const Cache *cache, long B, int wanted, float *memory) {
     const long chunks = chunks_of(cache, B), C = s->C;
-    float *y = memory, *attended = y + B * (s->H + 2 * s->K) * s->D, *parts = attended + B * s->H * s->D;
+    float *columns = memory, *y = columns + columns_of(s, B), *attended = y + B * (s->H + 2 * s->K) * s->D, *parts = attended + B * s->H * s->D;
     float *between = parts + B * s->H * chunks * (s->D + 2), *up = between + B * C, *hidden = up + B * s->F * (1 + s->gated);
     float *own = hidden + B * s->F;
 #pragma omp parallel num_threads(wanted) if (wanted > 1)
@@ -221,7 +239,7 @@ void decode_step(const Shape *s, const Layer *layers, float *x, const float *cos
             const Layer *layer = layers + l;
             float *k = cache->k + l * cache->layer, *v = cache->v + l * cache->layer;
             normalize(s->norm, &layer->norm1, s->eps, x, normed, B, C);
-            multiply(&layer->qkv, normed, NULL, y, B, thread, threads);
+            multiply(&layer->qkv, normed, columns, NULL, y, B, thread, threads);
 #pragma omp barrier
             place_heads(s, layer, y, cosine, sine, positions, k, v, cache, B, thread, threads);
 #pragma omp barrier
@@ -229,12 +247,12 @@ void decode_step(const Shape *s, const Layer *layers, float *x, const float *cos
 #pragma omp barrier
             join_chunks(s, parts, attended, cache, B, chunks, thread, threads);
 #pragma omp barrier
-            multiply(&layer->o, attended, x, between, B, thread, threads);
+            multiply(&layer->o, attended, columns, x, between, B, thread, threads);
 #pragma omp barrier
             normalize(s->norm, &layer->norm2, s->eps, between, normed, B, C);
-            multiply_up(s, &layer->up, normed, up, hidden, B, thread, threads);
+            multiply_up(s, &layer->up, normed, columns, up, hidden, B, thread, threads);
 #pragma omp barrier
-            multiply(&layer->down, hidden, between, x, B, thread, threads);
+            multiply(&layer->down, hidden, columns, between, x, B, thread, threads);
 #pragma omp barrier
         }
     }

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from genai_pl.kernels.row_products import FEW, FLOATS, KINDS, SMALL, RowWeight, address_of, library
+from genai_pl.kernels.row_products import FLOATS, KINDS, SMALL, RowWeight, address_of, library, most_rows
 
 NORMS = {"rms_norm": 0, "layer_norm": 1}  # as in the source
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
@@ -72,7 +72,7 @@ class _Cache(ctypes.Structure):
 
 
 class DecodeStep:
-    """Hidden states after all blocks (B, 1, C) of one new token of each row, for up to FEW rows.
+    """Hidden states after all blocks (B, 1, C) of one new token of each row, for up to `most_rows`.
 
     layers: weights in float32 or packed, all of one kind. H, K, D: query heads, key heads and head size. norm, activation:
     names in NORMS and ACTIVATIONS; the norms of heads are of the same kind. gated: an MLP of act(gate) * up.
@@ -107,6 +107,7 @@ class DecodeStep:
         sizes = (len(layers), self.C, H, K, D, F, kind, kind, ACTIVATIONS[activation], int(gated))
         self.shape = _Shape(*sizes, eps, head_eps, scale, 0.0)
         self.layers = (_Layer * len(layers))(*map(_layer, layers))
+        self.most_rows = most_rows(layers[0].qkv[0].dtype)
         self.is_small = layers[0].qkv[0].weight.numel() <= SMALL
 
     def __call__(self, x: Tensor, table: tuple[Tensor, Tensor] | None, past: Past) -> Tensor:
@@ -136,7 +137,7 @@ class DecodeStep:
         """True for inputs of a step: float32 throughout, one token of each of few rows, heads of the cache side by side."""
         B, T, _ = x.shape
         floats = x.dtype is past.k.dtype is torch.float32 and x.is_contiguous()
-        return floats and T == 1 and B <= FEW and past.k.stride()[3:] == (self.shape.D, 1)
+        return floats and T == 1 and self.most_rows >= B and past.k.stride()[3:] == (self.shape.D, 1)
 
 
 def _layer(layer: StepLayer) -> _Layer:

@@ -33,7 +33,7 @@ from genai_pl.kernels.nf4 import NF4, from_nf4, to_nf4
 log = logging.getLogger(__name__)
 
 PRODUCTS = Path(__file__).with_suffix(".c")
-SOURCE = PRODUCTS.with_name("decode_step.c")  # which includes that of the products
+SOURCE = PRODUCTS.with_name("decode_step.c")  # which includes that of the products, and that weights.c
 Kind = torch.dtype | str  # of weights; torch has no dtype for "nf4"
 KINDS: dict[Kind, int] = {
     torch.float32: 0,
@@ -42,7 +42,8 @@ KINDS: dict[Kind, int] = {
     torch.int4: 3,
     "nf4": 4,
 }  # as in the source
-FEW = 16  # rows up to which weights are read once; for more, torch's products of matrices are faster
+MANY = 64  # rows at most of a compiled product (as in the source)
+FEW = 16  # the same where torch's products of matrices have instructions for 16 bits
 SMALL = 1 << 16  # weights of a matrix that one thread reads before a second one has begun
 CACHED = 1 << 17  # weights that are widened at a time for a product of many rows
 BUILD_SECONDS = 180  # of a busy machine; 5 on an idle one
@@ -80,21 +81,28 @@ def pack_rows(weight: Tensor, dtype: Kind) -> RowWeight:
 def multiply_rows(x: Tensor, packed: RowWeight, bias: Tensor | None = None, more: Tensor | None = None) -> Tensor:
     """x W^T + bias + more in float32, (..., in) -> (..., out), for a bias (out,) and more (..., out).
 
-    Activations of few rows keep 32 bits beside weights of any dtype.
+    Activations of up to `most_rows` keep 32 bits beside weights of any dtype.
     """
     weight, dtype, width, scales = packed
     out = len(weight)
     n = x.numel() // width
-    if n > FEW:
+    if n > most_rows(dtype):
         y = _multiply_many(x, packed)
         y = y if bias is None else y.add_(bias)
         return y if more is None else y.add_(more)
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], out)
     more = None if more is None else more.contiguous()
     threads = torch.get_num_threads() if out * width > SMALL else 1
+    step = library()
+    memory = torch.empty(step.columns_memory(n, width), **FLOATS)
     addresses = (x.data_ptr(), weight.data_ptr(), address_of(scales), address_of(bias), address_of(more), y.data_ptr())
-    library().product(KINDS[dtype], *addresses, n, out, width, threads)
+    step.product(KINDS[dtype], *addresses, memory.data_ptr(), n, out, width, threads)
     return y
+
+
+def most_rows(dtype: Kind) -> int:
+    """Rows up to which compiled products of a dtype serve: for more, torch's of matrices are faster."""
+    return FEW if dtype in (torch.bfloat16, torch.int8) and bf16_products_pay() else MANY
 
 
 def widened(packed: RowWeight) -> Tensor:
@@ -167,7 +175,8 @@ def look_up() -> ctypes.CDLL | str:
         log.info("decoding    %s; torch's products serve instead, CC=COMPILER names another compiler", reason)
         return reason
     pointer, count = ctypes.c_void_p, ctypes.c_long
-    found.product.argtypes = [ctypes.c_int, *[pointer] * 6, *[count] * 3, ctypes.c_int]
+    found.product.argtypes = [ctypes.c_int, *[pointer] * 7, *[count] * 3, ctypes.c_int]
+    found.columns_memory.argtypes, found.columns_memory.restype = [count] * 2, count
     found.widen.argtypes = [ctypes.c_int, *[pointer] * 3, *[count] * 2, ctypes.c_int]
     found.rms_norm.argtypes = [pointer, pointer, ctypes.c_float, pointer, count, count]
     found.rotate.argtypes = [*[pointer] * 3, *[count] * 5]
@@ -182,7 +191,7 @@ def look_up() -> ctypes.CDLL | str:
     x, y = torch.linspace(-1, 1, 5 * 70, **FLOATS).view(5, 70), torch.empty(5, 3, **FLOATS)
     for dtype, kind in KINDS.items():
         weight, values = _sample(dtype, 3, 70)
-        found.product(kind, x.data_ptr(), weight.data_ptr(), None, None, None, y.data_ptr(), 5, 3, 70, 1)
+        found.product(kind, x.data_ptr(), weight.data_ptr(), None, None, None, y.data_ptr(), None, 5, 3, 70, 1)
         if not torch.allclose(y.double(), x.double() @ values.double().T, rtol=1e-4, atol=1e-3):
             return f"{PRODUCTS.name} multiplies {dtype} wrongly as built here"
     return found
@@ -216,7 +225,7 @@ def _build() -> Path:
     # torch's own OpenMP, so that both share one team of threads
     openmp = [str(file) for file in Path(torch.__file__).parent.glob("lib/libgomp*")]
     command = [compiler, "-O3", native, "-fopenmp", "-shared", "-fPIC", str(SOURCE), *openmp, "-lm", "-o"]
-    sources = [path.read_text() for path in (SOURCE, PRODUCTS)]
+    sources = [path.read_text() for path in sorted(SOURCE.parent.glob("*.c"))]
     key = hashlib.sha256("\n".join([*sources, *command, *_processor()]).encode()).hexdigest()
     folder, name = _folder(), f"{PRODUCTS.stem}-{key[:24]}"
     found = next((path for path in folder.glob(f"{name}-*.so") if _is_whole(path)), None)

@@ -7,6 +7,7 @@ and writes folders of transformers, `onnx/` graphs for ONNX Runtime, `gguf/` fil
 """
 
 from genai_pl.config.model import ModelConfig
+from genai_pl.models.attention_choice import move_to
 from genai_pl.models.block import Block
 from genai_pl.models.build import Model, build_model
 from genai_pl.models.decoder import Decoder
@@ -41,6 +42,7 @@ __all__ = [
     "load_wrapped",
     "n_active_parameters",
     "n_parameters",
+    "move_to",
     "prepare_for_decoding",
     "save_pretrained",
 ]

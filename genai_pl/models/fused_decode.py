@@ -182,17 +182,21 @@ class FusedForward:
         return y.transpose(1, 2).reshape(B, T, -1)
 
 
-def prepare_for_decoding(model: nn.Module, dtype: torch.dtype | None = None, *, rows: int = 1) -> bool:
+def prepare_for_decoding(
+    model: nn.Module, dtype: torch.dtype | None = None, *, rows: int = 1, product: Product | None = None
+) -> bool:
     """Lay out the weights of a model that is only read from now on, in place; True if its passes are fused too.
 
     dtype: of the weights in products, None for the model's own. ConfigError for int8 and int4 where they cannot be; others and
     devices than a CPU's stay as they are. rows: tokens of a typical step, one of each sequence, for the probe of products.
+    product: the one to take, without a probe.
     `train()` on the model is a RuntimeError afterwards: a step of an optimizer would write through views that several
     layers share.
     """
     if dtype in CODES.values():
         check_packable(model, dtype)
-    product, layout = _choose_product(model, dtype, rows), by_columns
+    is_given, layout = product is not None, by_columns
+    product = product if is_given else _choose_product(model, dtype, rows)
     if product in LAYOUTS:  # weights stay parameters, in another order
         product, layout = None, product.pack
         for module in _plain_linears(model):
@@ -200,7 +204,8 @@ def prepare_for_decoding(model: nn.Module, dtype: torch.dtype | None = None, *, 
     elif product is not None:
         dtype = model.embed.weight.dtype if dtype is None else dtype
         size = f", weights of {bytes_when_packed(model, dtype) / 1e6:,.1f} MB" if dtype in CODES.values() else ""
-        log.info("decoding    products of %s%s", product.name, size)
+        if not is_given:
+            log.info("decoding    products of %s%s", product.name, size)
         head = _choose_head(model, dtype, product, rows)
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms and biases
@@ -219,10 +224,11 @@ def prepare_for_decoding(model: nn.Module, dtype: torch.dtype | None = None, *, 
     return is_fused
 
 
-def supports_fused_decode(model: nn.Module) -> bool:
+def supports_fused_decode(model: nn.Module, *, inner: Callable[[nn.Module], nn.Module] = lambda layer: layer) -> bool:
     """True if `FusedForward` computes what this model does: a pre-norm decoder of Llama's or GPT-2's kind.
 
-    Every layer must be a bare `nn.Linear`: an adapter around one would be passed over.
+    Every layer must be a bare `nn.Linear`: an adapter around one would be passed over. inner: of a layer, what is asked
+    instead, for a model whose adapters will be merged.
     """
     if type(model) is not Decoder:
         return False
@@ -235,7 +241,7 @@ def supports_fused_decode(model: nn.Module) -> bool:
         return False
     if any(type(block.mlp) not in (MLP, GatedMLP) for block in model.blocks):
         return False
-    return all(type(module) is nn.Linear for block in model.blocks for module in _linears(block))
+    return all(type(inner(module)) is nn.Linear for block in model.blocks for module in _linears(block))
 
 
 def _choose_product(model: nn.Module, dtype: torch.dtype | None, rows: int) -> Product | None:

@@ -19,6 +19,7 @@ from genai_pl.modules.by_source import LOSSES, TARGETS
 from genai_pl.modules.clm import CausalLMModule
 from genai_pl.modules.columns import Column
 from genai_pl.modules.rollout import generate_rollout
+from genai_pl.modules.rollout_policy import rollout_policy
 from genai_pl.modules.served_teacher import Server
 from genai_pl.modules.teacher_cache import (
     Contents,
@@ -260,7 +261,8 @@ class DistillModule(CausalLMModule):
             if not prompts:
                 return None
             options = {"generator": generator, "ends": ends, "pad": self.vocabulary.pad}
-            return generate_rollout(self.model, prompts, self.sampling, **options).batch
+            with rollout_policy(self.model, self.sampling.max_new_tokens) as policy:
+                return generate_rollout(policy, prompts, self.sampling, **options).batch
 
     def _sums(self, batch: Batch, taught: TaughtRows, loss: Tensor, losses: Tensor) -> Metrics:
         """Sums for the logs from the losses (2, B T) of tokens, those of the data's labels alone in the cross entropy."""

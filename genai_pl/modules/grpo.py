@@ -17,7 +17,7 @@ from genai_pl.modules.base import Metrics
 from genai_pl.modules.dynamic_sampling import replace_groups
 from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.modules.preference import token_logprobs
-from genai_pl.modules.rollout import Experience, Rollout, ScoredRollout, gather_tokens, select_rows
+from genai_pl.modules.rollout import Experience, Rollout, ScoredRollout, gather_tokens, restore_order, select_rows
 from genai_pl.modules.rollout_module import Means
 from genai_pl.objectives.grpo import (
     SURROGATES,
@@ -91,6 +91,7 @@ class GRPOModule(PolicyGradientModule):
         self.kind, self.kl_place, self.kl_estimator = loss, kl, kl_estimator
         self.advantage, self.scale, self.normalization = advantage, scale, normalization
         self.dynamic_sampling, self.said_equal = dynamic_sampling, False
+        self._measured: list[tuple[Tensor, Experience]] = []  # rows of an update that measures the policy
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -137,17 +138,46 @@ class GRPOModule(PolicyGradientModule):
             )
             yield from order.tolist()
 
+    @property
+    def learns_once(self) -> bool:
+        """True if a rollout is one update of all its rows: the policy that learns is then the one that generated it, and is
+        measured by the pass of its gradient. A KL that is part of the rewards is needed before.
+        """
+        return self.epochs == 1 and self.minibatch_size is None and self.beta > 0 and self.kl_place == "loss"
+
     def make_experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
-        """Advantages (N,) or (N, L) of completions, and log-probabilities under old policy and reference."""
-        mask, outputs = rollout.mask, self.rollout_logprobs(rollout)
-        old_logprobs, reference_logprobs = outputs["old_logprobs"], outputs["reference_logprobs"]
-        token_kl = torch.where(mask, old_logprobs - reference_logprobs, 0)
+        """Advantages (N,) or (N, L) of completions, and log-probabilities under reference and, unless it learns once, policy."""
+        mask, outputs = rollout.mask, self.rollout_logprobs(rollout, of_policy=not self.learns_once)
+        reference_logprobs = outputs["reference_logprobs"]
+        token_kl = torch.where(mask, outputs.get("old_logprobs", reference_logprobs) - reference_logprobs, 0)
         if rollout.step_ends is None:
             advantages = self._advantages(scores, token_kl, mask)
         else:
             advantages = self._process_advantages(rollout, scores, token_kl)
-        # metrics
-        kl = torch.where(mask, kl_estimate(old_logprobs, reference_logprobs, "k3"), 0).sum(1)
+        experience = {
+            **rollout.batch,
+            "token_positions": rollout.token_positions,
+            "mask": mask,
+            "reference_logprobs": reference_logprobs,
+            "advantages": advantages,
+        }
+        if self.learns_once:
+            self._measured = []
+            return {**experience, "row": torch.arange(len(rollout.batch["input_ids"]), device=mask.device)}, {}
+        kl, means = self._describe(rollout, scores, outputs)
+        return {**experience, "old_logprobs": outputs["old_logprobs"], "kl": kl}, means
+
+    def describe_updates(self, scored: ScoredRollout, experience: Experience) -> tuple[Tensor, Means]:
+        if "kl" in experience:
+            return experience["kl"], {}
+        outputs = restore_order(*zip(*self._measured, strict=True))
+        outputs["reference_logprobs"] = experience["reference_logprobs"]
+        return self._describe(scored.rollout, scored.scores, outputs)
+
+    def _describe(self, rollout: Rollout, scores: Tensor, outputs: Experience) -> tuple[Tensor, Means]:
+        """(KL (N,) of completions, metrics of the rollout) from log-probabilities and entropies (N, L)."""
+        token_kl = kl_estimate(outputs["old_logprobs"], outputs["reference_logprobs"], "k3")
+        kl = torch.where(rollout.mask, token_kl, 0).sum(1)
         means = self.describe(rollout, scores, kl, outputs["entropy"])
         means["objective/rlhf_reward"] = (scores - self.beta * kl).nansum(), (~scores.isnan()).sum()
         if self.group_size > 1:
@@ -156,15 +186,7 @@ class GRPOModule(PolicyGradientModule):
             if rollout.step_ends is None and not scores.isnan().all() and not self.said_equal and equal.all():
                 self.said_equal = True
                 log.warning("reward      all completions of each prompt of a batch score the same: they teach nothing")
-        experience = {
-            "token_positions": rollout.token_positions,
-            "mask": mask,
-            "old_logprobs": old_logprobs,
-            "reference_logprobs": reference_logprobs,
-            "advantages": advantages,
-            "kl": kl,
-        }
-        return {**rollout.batch, **experience}, means
+        return kl, means
 
     def _advantages(self, scores: Tensor, token_kl: Tensor, mask: Tensor) -> Tensor:
         """Advantages (N,), or (N, L) of REINFORCE++, from scores (N,) and log-ratios to the reference (N, L)."""
@@ -220,8 +242,15 @@ class GRPOModule(PolicyGradientModule):
 
     def loss(self, minibatch: Experience) -> tuple[Tensor, Metrics]:
         """The surrogate of some rows, with the KL penalty inside, as a weighted sum over tokens."""
-        logprobs = gather_tokens(token_logprobs(self.model, minibatch), minibatch["token_positions"])
-        mask, old_logprobs, advantages = minibatch["mask"], minibatch["old_logprobs"], minibatch["advantages"]
+        hidden, positions = self.features(minibatch), minibatch["token_positions"]
+        logprobs = gather_tokens(token_logprobs(self.model, minibatch, hidden=hidden), positions)
+        old_logprobs = minibatch.get("old_logprobs")
+        if old_logprobs is None:  # this policy's own: every ratio is 1
+            old_logprobs = logprobs.detach()
+            with torch.no_grad():
+                entropy = gather_tokens(self.entropy(hidden.detach(), minibatch["labels"]), positions)
+            self._measured.append((minibatch["row"], {"old_logprobs": old_logprobs, "entropy": entropy}))
+        mask, advantages = minibatch["mask"], minibatch["advantages"]
         advantages = advantages[:, None] if advantages.dim() == 1 else advantages
         weights, _ = self._weights(mask)
         kl = {}

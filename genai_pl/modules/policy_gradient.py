@@ -95,7 +95,14 @@ class PolicyGradientModule(RolloutModule):
 
     @abstractmethod
     def make_experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
-        """The experience that minibatches are drawn from, with `kl` (N,) in it, and metrics of the rollout."""
+        """The experience that minibatches are drawn from, with `kl` (N,) in it, and metrics of the rollout.
+
+        Both may be without what the updates measure, which `describe_updates` gives then.
+        """
+
+    def describe_updates(self, scored: ScoredRollout, experience: Experience) -> tuple[Tensor, Means]:
+        """(`kl` (N,), metrics) that are known once the updates are done."""
+        return experience["kl"], {}
 
     @abstractmethod
     def loss(self, minibatch: Experience) -> tuple[Tensor, Metrics]:
@@ -145,7 +152,6 @@ class PolicyGradientModule(RolloutModule):
         if self.curriculum is not None:
             means["objective/pass_rate"] = self.curriculum.advance(self._over_ranks, self.device)
             means["objective/measured_prompts"] = (self.curriculum.tries > 0).sum(), len(self.curriculum.tries)
-        self.examples = scored.examples(experience["kl"], SHOWN)
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         # updates; the loops break on all ranks together, as the KL is summed over ranks
         sums: Metrics = {}
@@ -165,7 +171,9 @@ class PolicyGradientModule(RolloutModule):
             schedule.step()
             metrics |= {"loss": loss / normalizer, "tokens": minibatch["mask"].sum(), "updates": loss.new_ones(())}
             sums = _add_sums(sums, metrics)
-        self._keep_means(means, sums)
+        kl, of_updates = self.describe_updates(scored, experience)
+        self.examples = scored.examples(kl, SHOWN)
+        self._keep_means(means | of_updates, sums)
 
     def _draw_prompts(self, batch: Batch) -> Batch:
         """The batch with the share of its prompts that the curriculum draws in the place of others."""

@@ -30,6 +30,7 @@ from genai_pl.modules.rollout import (
     micro_batches,
     restore_order,
 )
+from genai_pl.modules.rollout_policy import rollout_policy
 from genai_pl.modules.step_rewards import AGGREGATES, DENSE, StepScores, step_tensors
 from genai_pl.objectives import SpecialTokens, token_entropy
 from genai_pl.objectives.grpo import overlong_penalty
@@ -194,8 +195,8 @@ class RolloutModule(BaseModule):
         columns = [row for row in batch["columns"] for _ in range(copies)]
         raw_prompts = [prompt for prompt in batch["raw_prompts"] for _ in range(copies)]  # text or messages
         # sample
-        with self.unsharded_model():
-            rollout = generate_rollout(self.model, batch["prompts"], self.sampling, **options)
+        with self.unsharded_model(), rollout_policy(self.model, self.sampling.max_new_tokens) as policy:
+            rollout = generate_rollout(policy, batch["prompts"], self.sampling, **options)
         # score
         without_end = [row[:-1] if row[-1] in ends else row for row in rollout.completions]  # an end token is no text
         prompt_texts, completion_texts = ([self.decode(row) for row in rows] for rows in (prompts, without_end))
@@ -225,9 +226,10 @@ class RolloutModule(BaseModule):
         )
         pairs = zip(batch["columns"], batch["raw_prompts"], strict=True)
         rows = [{**columns, "prompt": prompt} for columns, prompt in pairs]
-        with self.unsharded_model():
+        longest = self.max_turns * self.sampling.max_new_tokens
+        with self.unsharded_model(), rollout_policy(self.model, longest) as policy:
             options = {**options, "decode": self.decode}
-            rollout, prompts = play_episodes(self.model, rows, self.environment, rules, self.sampling, **options)
+            rollout, prompts = play_episodes(policy, rows, self.environment, rules, self.sampling, **options)
         scores = rollout.turn_rewards.sum(1) - self.penalties(rollout)
         texts = [[self.decode(row) for row in rows] for rows in (prompts, rollout.completions)]
         return ScoredRollout(rollout, *texts, scores)
@@ -251,8 +253,10 @@ class RolloutModule(BaseModule):
         return torch.where(rollout.mask, outputs["old_logprobs"] - outputs["reference_logprobs"], 0).sum(1)
 
     @torch.no_grad()
-    def rollout_logprobs(self, rollout: Rollout) -> Experience:
+    def rollout_logprobs(self, rollout: Rollout, *, of_policy: bool = True) -> Experience:
         """Values (N, L) of the completion tokens: `old_logprobs`, `reference_logprobs`, `entropy`, and `extra_outputs`.
+
+        of_policy: False for the reference's alone, where the pass that learns measures the policy.
 
         "Old" is the policy that generated the rollout: it is measured before the first update, by a forward pass like
         those of training, because log-probabilities taken while sampling differ by the rounding of another kernel, and
@@ -261,12 +265,12 @@ class RolloutModule(BaseModule):
         rows = {**rollout.batch, "token_positions": rollout.token_positions}
         row_indices, parts = [], []
         for indices, micro_batch in micro_batches(rows, self.rows_at_once(rows)):
-            hidden = self.features(micro_batch)
-            outputs = {
-                "entropy": self.entropy(hidden, micro_batch["labels"]),
-                **self.extra_outputs(micro_batch, hidden),
-            }
-            outputs["old_logprobs"] = token_logprobs(self.model, micro_batch, hidden=hidden)
+            outputs: Experience = {}
+            if of_policy:
+                hidden = self.features(micro_batch)
+                outputs["entropy"] = self.entropy(hidden, micro_batch["labels"])
+                outputs |= self.extra_outputs(micro_batch, hidden)
+                outputs["old_logprobs"] = token_logprobs(self.model, micro_batch, hidden=hidden)
             with self.reference.of(self.model) as model:
                 outputs["reference_logprobs"] = token_logprobs(model, micro_batch)
             row_indices.append(indices)

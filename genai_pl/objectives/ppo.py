@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from genai_pl.errors import ConfigError
-from genai_pl.kernels.chunked_logits import chunks, matmul_dtype
+from genai_pl.kernels.chunked_logits import chunks, matmul_dtype, tokens_at_once
 from genai_pl.kernels.uncompiled import uncompiled
 from genai_pl.objectives.token_loss import IGNORED
 
@@ -169,7 +169,8 @@ def token_entropy(
     """
     flat, dtype = hidden.reshape(-1, hidden.shape[-1]), matmul_dtype(hidden)  # (N, C)
     entropy = flat.new_zeros(len(flat), dtype=torch.promote_types(dtype, torch.float32))
-    for rows in chunks(labels.reshape(-1), vocab_size=len(head), ignore_index=IGNORED, chunk_tokens=None):
+    size = max(1, tokens_at_once(len(head), labels.device, dtype) // 4)  # four tensors of (n, V) exist at once
+    for rows in chunks(labels.reshape(-1), vocab_size=len(head), ignore_index=IGNORED, chunk_tokens=size):
         part = (flat[rows], head, bias, softcap, dtype)
         entropy[rows] = checkpoint(_entropy, *part, use_reentrant=False, preserve_rng_state=False)
     return entropy.view(labels.shape)

@@ -1,5 +1,6 @@
 """Merging: adapters added to the weights that they wrap, which leaves a plain model as fast as its base."""
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -32,6 +33,23 @@ def merge(model: nn.Module) -> nn.Module:
             bar.update()
     _settle_ties(model)
     return model.requires_grad_(True)
+
+
+@torch.no_grad()
+def merged_copy(model: nn.Module) -> nn.Module:
+    """A copy with the effect of the adapters in its weights, which shares all memory that no adapter changes.
+
+    For reading, while the model stays as it is: nothing of it has gradients, and a step of an optimizer changes both. Adapters
+    that are no change of a weight stay where they are, and weights in other dtypes than float32 are no part of this.
+    """
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    copied = copy.deepcopy(model, shared | {id(buffer): buffer for buffer in model.buffers()})
+    for site in module_sites(copied):
+        layers = adapter_layers(site.module)
+        if layers and all(isinstance(layer, WeightAdapter) for layer in layers):
+            site.replace(_merged(layers))
+    _settle_ties(copied)
+    return copied.requires_grad_(False)
 
 
 @torch.no_grad()

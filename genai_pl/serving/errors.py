@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 
 from fastapi import FastAPI, Request
@@ -151,21 +151,30 @@ def install(app: FastAPI) -> None:
         return as_api_error(error).response()
 
     async def http_error(request: Request, error: HTTPException) -> Response:
-        return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+        path, detail = request.url.path[:80], str(error.detail)
+        if detail == "Not Found":  # Starlette's, of a path that has no route
+            detail = f"{path}: no such route of this server; /docs lists them"
+        elif error.status_code == 405:
+            detail = f"{path}: not by {request.method}; /docs lists the routes"
+        elif error.status_code == 400 and detail.startswith("There was an error parsing"):
+            detail = "the body cannot be read: it is nested too deeply, or a number in it has too many digits"
+        return ApiError(error.status_code, detail, headers=error.headers).response()
 
     async def invalid_body(request: Request, error: RequestValidationError) -> Response:
-        # pydantic lists all mistakes, of a field with several types those of each: the first one is named, but an empty
-        # list, or a block of an unknown type in one, is no wrong type
-        mistakes = error.errors()
-        of_field = [each for each in mistakes if each["loc"][:2] == mistakes[0]["loc"][:2]]
-        first = next((each for each in of_field if each["type"] in ("too_short", "union_tag_invalid")), mistakes[0])
+        first = _most_telling(error.errors())
         where = ".".join(str(part) for part in first["loc"] if part != "body" and not _names_a_type(part))
         if first["type"] == "json_invalid":
             return ApiError(422, f"the body is not JSON (at character {where})").response()
         # a form could be sent from any web page without the browser asking (CORS): JSON cannot
         if not where and "json" not in request.headers.get("content-type", ""):
             return ApiError(422, "send JSON, with the header Content-Type: application/json").response()
-        return ApiError(422, f"{where or 'body'}: {first['msg']}", param=where or None).response()
+        if first["type"] == "value_error":  # our own sentence; one about the whole body names its field itself
+            told = str(first["ctx"]["error"])
+            return ApiError(422, f"{where}: {told}" if where else told, param=where or None).response()
+        told = first["msg"]
+        if first["type"] == "literal_error" and isinstance(first["input"], str):
+            told += f", not '{first['input'][:80]}'"
+        return ApiError(422, f"{where or 'body'}: {told}", param=where or None).response()
 
     app.add_exception_handler(ApiError, known_error)
     app.add_exception_handler(UserError, known_error)
@@ -173,9 +182,21 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid_body)
 
 
+def _most_telling(mistakes: Sequence[dict]) -> dict:
+    """The mistake to name of those that pydantic lists, all of the first field that has any.
+
+    A field with several types has the mistakes of each: an empty list, or a block of an unknown type, is no wrong type, and
+    what is wrong deep inside tells more than that a list is no text.
+    """
+    of_field = [each for each in mistakes if each["loc"][:2] == mistakes[0]["loc"][:2]]
+    known = (each for each in of_field if each["type"] in ("too_short", "union_tag_invalid"))
+    depth = [sum(not _names_a_type(part) for part in each["loc"]) for each in of_field]
+    return next(known, of_field[depth.index(max(depth))])
+
+
 def _names_a_type(part: str | int) -> bool:
-    """True for a part of pydantic's location that names a member of a union, not a field."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "constrained-str"))
+    """True for a part of pydantic's location that names a member of a union, not a field; classes begin with a capital."""
+    return isinstance(part, str) and ("[" in part or part[:1].isupper() or part in ("str", "constrained-str"))
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, object]]:

@@ -14,6 +14,7 @@ import torch
 from genai_pl.config.enums import Head, Shape
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.config.labels import read_labels
+from genai_pl.data.template_options import template_options
 from genai_pl.data.tool_calls import CallReader
 from genai_pl.devices import CODES, check_codes, choose_device
 from genai_pl.errors import ConfigError
@@ -21,7 +22,7 @@ from genai_pl.evaluation.embeddings import find_sentence_head
 from genai_pl.evaluation.labels import is_reward_model
 from genai_pl.generation import build_output_constraints, encode_prompt
 from genai_pl.loading import Loaded, load, refuse_twice, resolve_adapter
-from genai_pl.models import prepare_for_decoding
+from genai_pl.models import move_to, prepare_for_decoding
 from genai_pl.models.onnx.model import is_onnx
 from genai_pl.serving.adapters import ServedAdapters
 from genai_pl.serving.answer_streams import Answer, RecordingStream, decode_answer, is_repeatable, request_key
@@ -64,7 +65,7 @@ class Service:
         device = choose_device(settings.device)
         if settings.dtype in CODES:
             check_codes(settings.dtype, device)
-        self.model = loaded.model.to(device)
+        self.model = move_to(loaded.model, device, loaded.model.embed.weight.dtype)
         self.tokenizer, self.path = loaded.tokenizer, loaded.path
         config = self.model.config
         self.name = settings.name or name_of(settings.checkpoint, loaded.path)
@@ -179,12 +180,21 @@ class Service:
         """How the model writes its thoughts; it decodes the ends of prompts only."""
         return Reasoning(self.tokenizer)
 
+    @cached_property
+    def template_options(self) -> frozenset[str]:
+        """Variables of the chat template that requests may set."""
+        return template_options(self.tokenizer)
+
     async def chat_tokens(
-        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] = (),
+        variables: Mapping[str, object] | None = None,
     ) -> tuple[int, ...]:
         """Token ids of a conversation by the tokenizer's chat template, with the beginning of the assistant's answer.
 
         tools: functions that the template describes to the model
+        variables: of the template, among `template_options`
         Raises ApiError 400 if the tokenizer has no template or the conversation cannot fit.
         """
         if self.tokenizer.chat_template is None:
@@ -193,7 +203,9 @@ class Service:
             )
         size = size_of(messages)
         self._check_size(size)
-        return tuple(await self.tokenize_threads.encode_chat(messages, tools, size=size + len(str(tools))))
+        return tuple(
+            await self.tokenize_threads.encode_chat(messages, tools, variables or {}, size=size + len(str(tools)))
+        )
 
     async def prepare(self, config: GenerationConfig) -> None:
         """Compile the grammar of constrained decoding in its own thread; ConfigError if it cannot be compiled.

@@ -5,7 +5,7 @@ the machine; a FairLock in front of each thread decides which request is next.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from typing import TYPE_CHECKING, TypeVar
@@ -76,19 +76,23 @@ class TokenizeThreads:
         thread = self._thread_for(size)
         return await thread.run(encode, self.tokenizers[thread], *arguments)
 
-    async def encode_chat(self, messages: Messages, tools: Tools, *, size: int) -> list[int]:
+    async def encode_chat(
+        self, messages: Messages, tools: Tools, variables: Mapping[str, object], *, size: int
+    ) -> list[int]:
         """Token ids of a conversation of `size` characters, with the beginning of the assistant's answer."""
         thread = self._thread_for(size)
-        return await thread.run(self._apply_template, thread, messages, tools)
+        return await thread.run(self._apply_template, thread, messages, tools, variables)
 
     def _thread_for(self, size: int) -> FairThread:
         return self.short if size <= SHORT else self.long
 
-    def _apply_template(self, thread: FairThread, messages: Messages, tools: Tools) -> list[int]:
+    def _apply_template(
+        self, thread: FairThread, messages: Messages, tools: Tools, variables: Mapping[str, object]
+    ) -> list[int]:
         tokenizer = self.tokenizers[thread]
         if thread not in self.templates:  # ChatTemplate renders examples when it is made: once for each thread
             self.templates[thread] = ChatTemplate(tokenizer)
-        return encode_prompt(tokenizer, messages, tools, self.templates[thread])
+        return encode_prompt(tokenizer, messages, tools, self.templates[thread], variables)
 
     def close(self) -> None:
         """End the threads after their current work."""

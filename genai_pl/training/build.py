@@ -115,8 +115,9 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
     if objective.needs_teacher:
         module.use_teacher(build_teacher(module, tokenizer, in_16_bits=holds_in_16_bits))
     module.source_names = data.source_names
+    attention = None if contents is None else contents[MARK].get("attention")
     trainer, callbacks = build_trainer(
-        config, folder, precision=precision, module=module, data=data, tokenizer=tokenizer
+        config, folder, precision=precision, module=module, data=data, tokenizer=tokenizer, attention=attention
     )
     data.prepare(tokenizer, module.collator)
 

@@ -7,20 +7,25 @@ from pathlib import Path
 import torch
 
 from genai_pl.config.enums import AttentionKind
-from genai_pl.kernels import choose_backend
+from genai_pl.kernels import ScoreOptions, choose_backend
 from genai_pl.models import Model, WrappedDecoder, flops_per_token, n_active_parameters, n_parameters
+from genai_pl.models.attention_choice import probe_shape
 
 
 def describe_model(
-    model: Model | WrappedDecoder, device: torch.device, *, dtype: torch.dtype, seq_len: int
+    model: Model | WrappedDecoder, device: torch.device, *, dtype: torch.dtype, seq_len: int, probes: bool = False
 ) -> list[str]:
     """Lines on the model's size and on the attention backend for rows of seq_len tokens, with the reason for that backend.
 
-    dtype: of products.
+    dtype: of products. probes: whether a probe chooses what auto is, when the run starts.
     """
     c = model.config
-    options = {"softcap": c.softcap, "backend": c.attention.value, "dtype": dtype, "head_dim": c.head_dim}
-    backend, why = choose_backend(device, lengths=(seq_len, seq_len), **options)
+    options = {"backend": c.attention.value, "dtype": dtype, "head_dim": c.head_dim}
+    backend, why = choose_backend(
+        device, lengths=(seq_len, seq_len), options=ScoreOptions(softcap=c.softcap), **options
+    )
+    if probes and probe_shape(model, dtype, length=seq_len, backward=True) is not None:
+        backend, why = "auto", "a probe of this GPU chooses before the first step"
     if isinstance(model, WrappedDecoder) and not model.route.ours:
         backend, why = "transformers", model.route.notes[0]
     layers = f"{c.n_layer} layers" if c.n_decoder_layer is None else f"{c.n_layer} + {c.n_decoder_layer} layers"

@@ -3,8 +3,8 @@
 `resume=RUN` is not a second configuration system. Before Hydra starts, `replay` puts the overrides that the run
 saved in `.hydra/overrides.yaml` in front of the words typed now, so that Hydra composes the same configuration,
 later words win, and a changed option shows as one `changed` line. `RUN` is `auto` (the newest run here), a run
-folder, a .ckpt file, the name of a run, or with `-m` a sweep (`sweeps.replay_sweep`). The saved overrides pass
-through `trust`.
+folder, a .ckpt file, the name of a run, the address of a run's copy (`fetched_run`), or with `-m` a sweep
+(`sweeps.replay_sweep`). The saved overrides pass through `trust`.
 
 After composition `choose_checkpoint` takes the newest checkpoint that can be read whole: the last one may be cut by
 the crash that made a resume necessary. `run_folder.check_settings_unchanged` then compares the settings that cannot
@@ -20,13 +20,16 @@ from pathlib import Path
 from genai_pl.atomic_io import is_checkpoint
 from genai_pl.config.redaction import redact, refuse_secrets
 from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.object_storage import refuse_remote
 from genai_pl.ranks import is_first_process
 from genai_pl.training.default_optimizer import with_default_optimizer
+from genai_pl.training.fetched_run import with_fetched_run
 from genai_pl.training.sweeps import replay_sweep
 from genai_pl.training.trust import PER_COMMAND, check_links, key_of, read_overrides, trusted_overrides, value_of
 
 TYPED_ARGUMENTS: list[str] = []  # the command line as typed, before `replay` completes it
 OVERRIDES = Path(".hydra", "overrides.yaml")
+FOLDERS = ("output_dir", "hydra.run.dir", "hydra.sweep.dir")  # options that name a folder of this machine
 
 
 def replay(arguments: list[str]) -> list[str]:
@@ -43,11 +46,16 @@ def replay(arguments: list[str]) -> list[str]:
     # a run folder keeps the command line: refuse passwords first
     refuse_secrets(arguments)
     TYPED_ARGUMENTS[:] = arguments
+    for option, value in ((key_of(a), value_of(a)) for a in arguments):
+        if option in FOLDERS:
+            refuse_remote(value, option, instead="callbacks.checkpoint.dirpath= keeps a copy of the run there")
     arguments = _with_hydra_folder(arguments)
     reference = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")), "null")
     if reference in ("null", "None", ""):
         _check_folder_unused(arguments)
         return with_default_optimizer(arguments)
+    # a run whose copy is in object storage becomes a folder here
+    reference, arguments = with_fetched_run(reference, arguments)
     # a sweep goes on as a whole, job by job
     if {"-m", "--multirun"} & set(arguments):
         arguments = _resume_sweep(reference, arguments)

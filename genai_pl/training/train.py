@@ -20,10 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from genai_pl import signals
 from genai_pl.atomic_io import claimed
-from genai_pl.callbacks import MetricsCSV, step_of
-from genai_pl.callbacks.monitor import products_dtype
+from genai_pl.callbacks import MetricsCSV, Mirror, products_dtype, step_of
 from genai_pl.config.redaction import redact
-from genai_pl.errors import ConfigError
+from genai_pl.errors import ConfigError, TrainingError
 from genai_pl.modules.base import n_replicas
 from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.peft import adapters_of, describe
@@ -34,13 +33,14 @@ from genai_pl.training.default_optimizer import default_line
 from genai_pl.training.fit import Run, best_of, describe_saved, final_metrics, finish, fit
 from genai_pl.training.hydra_job import is_search_job, job_sweep, resume_arguments, shown_path
 from genai_pl.training.length import describe_length, warmup_of
+from genai_pl.training.library_messages import silence_libraries
 from genai_pl.training.notify import notifying
 from genai_pl.training.report import describe_model, describe_rollout, describe_step, texts_of_row
 from genai_pl.training.resume import TYPED_ARGUMENTS, choose_checkpoint, describe_resume
 from genai_pl.training.run_folder import check_settings_unchanged, keep_run_folder, resume_constraints, write_settings
 from genai_pl.training.run_report import write_run_report
 from genai_pl.training.sweeps import Outcome, read_results
-from genai_pl.training.trainer import checkpoint_contents, silence_libraries
+from genai_pl.training.trainer import checkpoint_contents
 from genai_pl.training.watched_metrics import describe_watched
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def _train(config: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[i
     with notifying(config.callbacks.notify, folder) as notice:
         notice.run = run = _build(config, folder, checkpoint)
         print_summary(config, run, checkpoint)
-        with launched(run.trainer), _reported(run):
+        with launched(run.trainer), _copied(run), _reported(run):
             fit(run, checkpoint)
             sweep = job_sweep()
             options = {"export": config.callbacks.export, "arguments": resume_arguments(sweep), "sweep": sweep}
@@ -99,12 +99,32 @@ def _reported(run: Run) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _copied(run: Run) -> Iterator[None]:
+    """Context in which a run that has begun is copied to `callbacks.checkpoint.dirpath` at its end, whatever that is."""
+    mirror = run.checkpoints.mirror if run.trainer.is_global_zero else None
+    try:
+        yield
+    except BaseException:
+        if mirror is not None and run.checkpoints.started:
+            try:
+                mirror.finish()
+            except TrainingError as second:  # the first error is the one to tell
+                log.warning("copy        %s", second)
+        raise
+    if mirror is not None:
+        mirror.finish()
+        print(f"copy        {redact(mirror.address)}", flush=True)
+
+
 def _build(config: DictConfig, folder: Path, checkpoint: Path | None) -> Run:
     """The run, with what its checkpoints and a line about an early end hold."""
     # what must not differ between the parts of a run
     settings = resume_constraints(config)
     if checkpoint:
         check_settings_unchanged(settings, checkpoint, folder)
+    if config.callbacks.checkpoint.dirpath and is_first_process():
+        Mirror(folder, config.callbacks.checkpoint.dirpath).check()
     run = build(config, folder, checkpoint)
 
     # what is written with every checkpoint, and what a run that ends early prints
@@ -138,6 +158,8 @@ def _open_run_folder(config: DictConfig, run: Run, checkpoint: Path | None) -> N
             logger.resume(step_of(checkpoint) if checkpoint else 0)
     if run.samples is not None:
         run.samples.resume(step_of(checkpoint) if checkpoint else -1)
+    if run.checkpoints.mirror is not None:
+        run.checkpoints.mirror.begin()
 
 
 def optimized(name: str | None, run: Run) -> float | None:
@@ -176,7 +198,8 @@ def print_summary(config: DictConfig, run: Run, checkpoint: Path | None) -> None
             print(describe_resume(checkpoint))
         print(f"data        {redact(run.data.summary())}")
         dtype = products_dtype(run.precision.lightning)
-        print(*describe_model(model, device, dtype=dtype, seq_len=run.data.seq_len), step, sep="\n")
+        options = {"dtype": dtype, "seq_len": run.data.seq_len, "probes": device.type == "cuda"}
+        print(*describe_model(model, device, **options), step, sep="\n")
         print(describe_length(run.length, warmup_of(module.schedule)))
         if line := default_line(config.optimizer.lr, HydraConfig.get().runtime.choices.optimizer, TYPED_ARGUMENTS):
             print(line)

@@ -6,7 +6,6 @@ with the option to use instead (REFUSED_ARGUMENTS).
 """
 
 import logging
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +34,7 @@ from genai_pl.strategies import (
     recompute,
     started_devices,
 )
+from genai_pl.training.attention import attention_probe
 from genai_pl.training.benchmarks import build_benchmarks
 from genai_pl.training.fit import Run
 from genai_pl.training.hydra_job import rank_command
@@ -88,11 +88,12 @@ def build_trainer(
     module: BaseModule,
     data: RowsDataModule,
     tokenizer: "PreTrainedTokenizerBase",
+    attention: object = None,
 ) -> tuple[L.Trainer, dict[str, L.Callback]]:
     """The Trainer, and our callbacks by their names in `Run`; ConfigError for arguments that Lightning refuses.
 
     folder: the run folder. precision: what products are computed in. module, data, tokenizer: for callbacks that sample
-    text and count FLOPs.
+    text and count FLOPs. attention: the order of backends in the checkpoint of a resumed run.
     """
     follow_launcher()
     # the options of `trainer`, without those that Lightning does not know or that have no effect
@@ -120,13 +121,14 @@ def build_trainer(
             raise ConfigError(f"callbacks.extra.{name}: no callback, for it has no _target_ that names its class")
     extra_callbacks = [*instantiate(config.callbacks.extra).values(), *([cb.Profile(folder)] if config.profile else [])]
     extra_callbacks += [cb.ConfusionPicture()] if module.labelled else []
+    probe = attention_probe(config, precision, module, data, callbacks, stored=attention)
     try:
         trainer = L.Trainer(
             **options,
             precision=precision.lightning,
             strategy=strategy,
             logger=[instantiate(node, at="logger") for node in loggers],
-            callbacks=[*callbacks.values(), cb.Divergence(), *extra_callbacks],
+            callbacks=[*callbacks.values(), cb.Divergence(), probe, *extra_callbacks],
             plugins=[cb.AtomicCheckpointIO(callbacks["checkpoints"].written), choose_environment()],
             default_root_dir=str(folder),
             num_sanity_val_steps=0,
@@ -177,7 +179,9 @@ def build_callbacks(
     best, stop = choose_best(config, folder / "checkpoints", measured), choose_early_stop(config, measured)
     watches = {name: watch for name, watch in {"best": best, "early_stop": stop}.items() if watch}
     callbacks |= watches
-    callbacks["checkpoints"] = cb.StepCheckpoint(str(folder / "checkpoints"), **intervals, best=best)
+    address = settings.checkpoint.dirpath
+    kept = {"best": best, "mirror": None if address is None else cb.Mirror(folder, address)}
+    callbacks["checkpoints"] = cb.StepCheckpoint(str(folder / "checkpoints"), **intervals, **kept)
     wants_samples = model.config.writes and settings.samples.every_n_steps
     if wants_samples and gathers:
         prompts = list(settings.samples.prompts or ())
@@ -298,23 +302,3 @@ def check_in_backward(config: DictConfig, run: Run) -> None:
         raise ConfigError(f"{name} cannot skip a step that has begun: precision=bf16, not fp16")
     if trainer.world_size > 1 or isinstance(trainer.strategy, ShardedStrategy):
         raise ConfigError(f"{name} is for one process: with several, strategy=fsdp divides gradients")
-
-
-def silence_libraries() -> None:
-    """Silence messages of Lightning and datasets on which a user cannot act."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    for text in (
-        "does not have many workers",
-        "Checkpoint directory",
-        "GPU available but not",
-        "`srun` command is available",  # several processes need no srun: ours are started by the first
-        "treespec, LeafSpec",
-        "sync_dist=True",
-        "callbacks used to create the checkpoint",  # those whose loss matters refuse it themselves
-        "FSDP2-wrapped module",
-        "but AMP with fp16 is not supported on CPU",  # refused
-        "Detected call of `lr_scheduler.step",  # fp16 may skip the first step
-    ):
-        warnings.filterwarnings("ignore", f".*{text}.*")

@@ -55,7 +55,7 @@ def test_auto_falls_back_to_the_reference_for_softcap_and_logs_the_reason_once(c
     assert [record.message for record in caplog.records] == [
         "attention: reference, because scaled_dot_product_attention has no softcap (31.5)"
     ]
-    assert choose_backend(CPU, softcap=31.5)[0] == "reference"
+    assert choose_backend(CPU, options=ScoreOptions(softcap=31.5))[0] == "reference"
 
 
 def test_a_named_backend_is_the_one_that_runs():
@@ -71,7 +71,7 @@ def test_sdpa_with_softcap_is_refused_with_the_option_and_the_fix():
 
 
 def test_an_unknown_backend_is_refused_with_the_list_of_backends():
-    with pytest.raises(ConfigError, match=r"model\.attention=flash .* auto, triton, sdpa, dense, reference"):
+    with pytest.raises(ConfigError, match=r"model\.attention=flash .* auto, triton, sdpa, varlen, dense, reference"):
         attention(*inputs(), backend="flash")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from genai_pl.kernels import row_products
 from genai_pl.kernels.packed_product import products_of
-from genai_pl.kernels.row_products import FEW
+from genai_pl.kernels.row_products import MANY
 from genai_pl.models import Decoder, ModelConfig, build_model, fused_decode, prepare_for_decoding
 from genai_pl.models.kv_cache import SlotCache
 
@@ -72,6 +72,16 @@ def test_a_step_gives_the_states_of_the_whole(kind: str, length: int) -> None:
         torch.testing.assert_close(last_states(model, ids, segments).double(), expected, atol=5e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [8, 9, 16, 21])
+@torch.no_grad()
+def test_steps_of_many_rows_give_the_states_of_the_whole(rows: int) -> None:
+    model, exact = build(**KINDS["llama"]), build(**KINDS["llama"]).double()
+    prepare_for_decoding(model)
+    ids = tokens(rows, 9)
+    expected = exact.features(ids)[:, -3:]
+    torch.testing.assert_close(last_states(model, ids, None).double(), expected, atol=5e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.int4])
 @torch.no_grad()
 def test_narrow_weights_give_the_states_of_the_blocks(dtype: torch.dtype) -> None:
@@ -92,11 +102,12 @@ def test_the_number_of_threads_changes_no_bit() -> None:
             prepare_for_decoding(model)
             assert not model.fused.step.is_small
             torch.set_num_threads(n)
-            states.append(last_states(model, tokens(5, 280), None))
+            states.append([last_states(model, tokens(rows, 280), None, steps=1) for rows in (5, 11)])
     finally:
         torch.set_num_threads(threads)
-    for others in states[1:]:
-        assert torch.equal(states[0], others)
+    for few, many in states[1:]:
+        assert torch.equal(states[0][0], few)
+        assert torch.equal(states[0][1], many)
 
 
 @torch.no_grad()
@@ -163,7 +174,7 @@ def test_a_copy_has_weights_of_its_own() -> None:
 def test_many_rows_and_other_scores_take_the_blocks() -> None:
     model, plain = build(**KINDS["llama"]), build(**KINDS["llama"])
     prepare_for_decoding(model)
-    ids = tokens(FEW + 1, 6)
+    ids = tokens(MANY + 1, 6)
     torch.testing.assert_close(last_states(model, ids, None), plain.features(ids)[:, -3:], atol=5e-5, rtol=1e-4)
     softcap = build(**LLAMA, softcap=5.0, attention="reference")
     prepare_for_decoding(softcap)

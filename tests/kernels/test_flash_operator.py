@@ -145,7 +145,7 @@ def test_layers_that_share_a_mask_share_its_tables():
 
 
 def test_auto_picks_triton_on_a_gpu_where_it_can():
-    assert choose_backend(CUDA, softcap=30.0, dtype=torch.bfloat16, head_dim=128)[0] == "triton"
+    assert choose_backend(CUDA, options=ScoreOptions(softcap=30.0), dtype=torch.bfloat16, head_dim=128)[0] == "triton"
     assert choose_backend(CPU)[0] == "sdpa"
     for lack, word in (({"head_dim": 512}, "512"), ({"dtype": torch.float64}, "float64")):
         backend, reason = choose_backend(CUDA, **lack)

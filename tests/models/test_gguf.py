@@ -182,6 +182,10 @@ def test_models_without_an_architecture_are_refused(fields: dict, message: str):
 def test_types_that_the_package_does_not_write_are_refused_with_the_way():
     with pytest.raises(ConfigError, match=r"llama-quantize model\.gguf model-q4_k_m\.gguf q4_k_m"):
         check_type("q4_k_m")
+    with pytest.raises(ConfigError, match=r"llama-quantize model\.gguf model-q6_k\.gguf q6_k"):
+        check_type("Q6_K")
+    with pytest.raises(ConfigError, match="quantize=Q8_0: write quantize=q8_0"):
+        check_type("Q8_0")
     with pytest.raises(ConfigError, match="quantize=int8 is not one of f32, f16, bf16, q8_0"):
         check_type("int8")
 
@@ -209,6 +213,9 @@ def test_a_model_of_ours_is_written_as_the_first_family_that_states_it(tmp_path:
         ("llama.embedding_length", None, "llama.embedding_length is missing"),
         ("llama.rope.freq_base", "x", "'x'"),
         ("llama.rope.scaling.type", "longrope", "rotary scaling 'longrope' is not supported"),
+        ("general.type", "adapter", "a LoRA for llama.cpp, not a model: give the adapter folder that PEFT reads"),
+        ("general.type", "mmproj", "a GGUF file of type mmproj, not a model"),
+        ("split.count", 3, "one of 3 parts: llama-gguf-split --merge FIRST_PART OUT makes one file"),
     ],
 )
 def test_files_of_others_are_read_or_refused_in_one_line(key: str, value: object, message: str, written):

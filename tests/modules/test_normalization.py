@@ -117,7 +117,7 @@ def test_a_loss_that_is_not_a_number_names_the_step() -> None:
 def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import warnings
 
-    from genai_pl.training.trainer import silence_libraries
+    from genai_pl.training.library_messages import silence_libraries
 
     monkeypatch.chdir(tmp_path)
     silence_libraries()

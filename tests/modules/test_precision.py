@@ -15,7 +15,7 @@ from genai_pl.models import Decoder, ModelConfig
 from genai_pl.modules import base
 from genai_pl.objectives import CausalLMCollator
 from genai_pl.objectives.token_loss import token_loss
-from genai_pl.training.trainer import silence_libraries
+from genai_pl.training.library_messages import silence_libraries
 from tests.modules.test_normalization import module, rows, weights
 
 

@@ -159,7 +159,7 @@ def test_dense_models_have_no_routing() -> None:
 def _quiet(tmp_path_factory: pytest.TempPathFactory) -> None:
     import warnings
 
-    from genai_pl.training.trainer import silence_libraries
+    from genai_pl.training.library_messages import silence_libraries
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("routing"))

@@ -146,6 +146,26 @@ def test_thoughts_are_a_block_of_their_own_if_asked_for(play) -> None:
     assert (final.content[0].thinking, final.content[1].text) == ("Let me look.\nOutside.", "It is dry.")
 
 
+def test_an_answer_follows_a_schema(served) -> None:
+    import json
+
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["yes"]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    options = {"model": "tiny", "max_tokens": 40, "messages": ASKED, "cache_control": {"type": "ephemeral"}}
+    options["output_config"] = {
+        "format": {"type": "json_schema", "schema": {**schema, "x-guidance": {"whitespace_flexible": False}}}
+    }
+    message = served.messages.create(**options)
+    assert json.loads(message.content[0].text) == {"a": "yes"}
+    options["output_config"] = {"format": {"type": "json_schema", "schema": {"type": "objekt"}}}
+    with pytest.raises(anthropic.BadRequestError, match=r"output_config\.format: Invalid type: objekt"):
+        served.messages.create(**options)
+
+
 def test_errors_have_the_shape_of_this_api(served, play) -> None:
     with pytest.raises(anthropic.NotFoundError, match="there is tiny") as raised:
         served.messages.create(model="other", max_tokens=1, messages=ASKED)

@@ -163,12 +163,39 @@ def test_what_the_answer_could_not_repeat_is_refused(field: str, client) -> None
         ("text.format", {"text": {"format": {"type": "yaml"}}}),
         ("truncation", {"truncation": "auto"}),
         ("conversation", {"extra_body": {"conversation": "conv_1"}}),
+        ("include.0", {"include": ["message.output_text.logprobs"]}),
+        (
+            "input.0.content.0.type",
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+        ),
+        ("tool_choice.type", {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}),
     ],
 )
 def test_a_wrong_field_is_named(param: str, options: dict, ai) -> None:
     with pytest.raises(openai.UnprocessableEntityError) as raised:
         ai.responses.create(**{"model": "tiny", "input": "Hello", **options})
     assert raised.value.param == param
+
+
+def test_what_clients_send_without_effect_is_taken(ai) -> None:
+    options = {"model": "tiny", "input": "Hello", "max_output_tokens": 2, "temperature": 0}
+    plain = ai.responses.create(**options)
+    harmless = {
+        "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": "k",
+        "prompt_cache_retention": "24h",
+        "max_tool_calls": 3,
+        "safety_identifier": "x",
+        "reasoning": {"summary": "auto"},
+        "text": {"verbosity": "medium"},
+    }
+    assert ai.responses.create(**options, **harmless).output_text == plain.output_text
+    stream = ai.responses.create(**options, stream=True, stream_options={"include_obfuscation": False})
+    assert list(stream)[-1].response.output_text == plain.output_text
+    assert ai.responses.input_tokens.count(model="tiny", input="Hello").input_tokens == plain.usage.input_tokens
+    after = {"previous_response_id": plain.id, "input": "So?"}
+    counted = ai.responses.input_tokens.count(model="tiny", **after).input_tokens
+    assert counted == ai.responses.create(**{**options, **after}).usage.input_tokens
 
 
 def test_a_failure_in_a_stream_is_its_last_event(play) -> None:

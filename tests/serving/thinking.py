@@ -11,7 +11,8 @@ TEMPLATE = (
     "{% if message.reasoning_content %}<think>\n{{ message.reasoning_content }}\n</think>\n\n{% endif %}"
     "{{ message.content }}"
     "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}{{ '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% endfor %}{% if reasoning_effort is defined %}effort {{ reasoning_effort }}\n{% endif %}"
+    "{% if add_generation_prompt %}assistant: {% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 CALLS = ["Let me see. <tool_", 'call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n', "</tool_call>"]
 THOUGHTS = ["<thi", "nk>\nLet me ", "look.\n", "Outside.\n</th", "ink>\n", "\nIt is", " dry."]

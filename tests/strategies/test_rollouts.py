@@ -99,7 +99,7 @@ def test_two_processes_take_the_steps_of_one_on_what_greedy_decoding_writes(obje
     train(folder, *greedy, WHOLE, f"hydra.run.dir={objective}-one")
     train(folder, *greedy, HALF, *FSDP, f"hydra.run.dir={objective}-two")
     names = (*SAME, "loss/value") if objective == "ppo" else SAME
-    assert_same(folder / f"{objective}-two", folder / f"{objective}-one", names=names, rounding=1e-6)
+    assert_same(folder / f"{objective}-two", folder / f"{objective}-one", names=names, rounding=1e-5)
 
 
 @pytest.mark.slow
@@ -191,7 +191,8 @@ def test_a_run_that_lost_a_process_draws_and_learns_the_same(saved: str, folder:
     wait_for_step(process, run, 6)
     os.kill(processes(process)[1], signal.SIGKILL)
     process.communicate(timeout=30)
-    train(folder, "resume=auto", f"hydra.run.dir={run}")
+    # the reward is typed again: the run names a function too, before it, which no file makes trusted
+    train(folder, "resume=auto", "objective.reward=judge", f"hydra.run.dir={run}")
     assert_equal_to_the_last_bit(run, expected, names=(*SAME, "loss/value"))
 
 

@@ -70,6 +70,35 @@ def test_a_preset_learns_the_same_in_one_pass_and_in_several(preset: str, comman
 
 
 @pytest.mark.usefixtures("prompts")
+@pytest.mark.parametrize("preset", some(["grpo", "gspo"]))
+def test_one_update_measures_the_policy_as_a_pass_of_its_own_does(
+    preset: str, command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("objective.group_size=4", "objective.beta=0.04", "objective.reward=rewards:mixed", "precision=fp32")
+    arguments = ("train", f"objective={preset}", *SMALL, *RUN, *options, "trainer.max_steps=3", "peft=lora")
+    arguments += ("objective.micro_batch_size=8", "trainer.log_every_n_steps=1")
+    measured: list[bool] = []
+    method = GRPOModule.rollout_logprobs
+
+    def counted(self: GRPOModule, rollout: object, *, of_policy: bool = True) -> dict:
+        measured.append(of_policy)
+        return method(self, rollout, of_policy=of_policy)
+
+    monkeypatch.setattr(GRPOModule, "rollout_logprobs", counted)
+    # all completions of a rollout in one update, whose number is named or not
+    for name, size in {"once": "null", "twice": "16"}.items():
+        assert command(*arguments, f"objective.minibatch_size={size}", f"hydra.run.dir={name}").status == 0
+    assert measured == [False] * 3 + [True] * 3
+    weights = [load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("once", "twice")]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-4, atol=1e-7)
+    for one, other in zip(table(tmp_path / "once"), table(tmp_path / "twice"), strict=True):
+        assert float(one["policy/ratio"]) == 1
+        for metric in (name for name in one if name.startswith(("objective/", "train/grad", "loss/"))):
+            assert float(one[metric]) == pytest.approx(float(other[metric]), rel=1e-4, abs=1e-6), metric
+
+
+@pytest.mark.usefixtures("prompts")
 def test_a_reward_that_tells_nothing_apart_is_said_once_and_the_run_ends(command) -> None:
     options = ("objective.reward=rewards:flat", "objective.dynamic_sampling=2", "trainer.max_steps=2")
     result = command("train", "objective=grpo", "objective.group_size=2", "objective.beta=0", *SMALL, *RUN, *options)

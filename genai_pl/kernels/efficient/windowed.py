@@ -45,9 +45,7 @@ class WindowAttention(nn.Module):
         if n_early:
             parts.append(self._global(q[:, :, :n_early], k, v, mask, T, options))
         if n_early < T:
-            backend, _ = choose_backend(
-                q.device, softcap=options.softcap, head_dim=D, dtype=q.dtype, backend=self.backend
-            )
+            backend, _ = choose_backend(q.device, options=options, head_dim=D, dtype=q.dtype, backend=self.backend)
             # Triton skips keys outside a window; the other backends compute all of them, unless they come in blocks
             in_blocks = backend != "triton" and T == S and 2 * self.block < S
             local = self._blocks if in_blocks else self._rows

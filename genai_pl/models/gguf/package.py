@@ -23,6 +23,9 @@ def check_type(name: str) -> None:
     if name in WRITABLE:
         return
     known = ", ".join(WRITABLE)
+    if name.lower() in WRITABLE:
+        raise ConfigError(f"quantize={name}: write quantize={name.lower()}")
+    name = name.lower()  # llama-quantize takes either
     if "_k" in name or name.startswith(("iq", "q2", "q3", "q6", "tq")):
         raise ConfigError(
             f"quantize={name}: written by llama.cpp alone: export quantize=f32, then "

@@ -68,6 +68,7 @@ class GgufFile:
     def description(self) -> tuple[ModelConfig, Architecture]:
         """The configuration and the architecture of the file; CheckpointError if our model cannot be it."""
         try:
+            _check_model(self.keys)
             factors = self.read(FACTORS) if FACTORS in self.tensors else None
             config, architecture = read_metadata(self.keys, self.tensors, factors)
             check_blocks(config, [f"blocks.{name.removeprefix('blk.')}" for name in self.tensors])
@@ -106,6 +107,17 @@ def stored_gguf_dtypes(stored: GgufFile) -> dict[str, torch.dtype]:
     """The dtype in which a file stores each tensor, by our names."""
     config, architecture = stored.description()
     return {name: stored.dtype(row.hf_name) for row in architecture.table(config) for name in row.names}
+
+
+def _check_model(keys: Keys) -> None:
+    """CheckpointError for a file that holds no model, or a part of one."""
+    kind, n_parts = keys.get("general.type", "model"), keys.get("split.count", 0)
+    if kind == "adapter":
+        raise CheckpointError("a LoRA for llama.cpp, not a model: give the adapter folder that PEFT reads")
+    if kind != "model":
+        raise CheckpointError(f"a GGUF file of type {kind}, not a model")
+    if isinstance(n_parts, int) and n_parts > 1:
+        raise CheckpointError(f"one of {n_parts} parts: llama-gguf-split --merge FIRST_PART OUT makes one file")
 
 
 def _opened(file: Path) -> "GGUFReader":

@@ -8,13 +8,21 @@ from fastapi.responses import Response
 
 from genai_pl.serving.errors import ApiError, as_api_error, json_response
 from genai_pl.serving.http.anthropic_schemas import CountBody, MessagesBody
-from genai_pl.serving.http.one_answer import Finished, OneAnswer, arguments_of
+from genai_pl.serving.http.one_answer import Finished, OneAnswer, arguments_of, renamed
 from genai_pl.serving.http.openai import read_chat
 from genai_pl.serving.http.responses import Json
+from genai_pl.serving.http.schemas import ChatBody
 from genai_pl.serving.http.streaming import Events, stream_events
+from genai_pl.serving.http.template_variables import thinking_variables
 from genai_pl.serving.service import Service
 
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+NAMES = {  # what this API calls fields of chat completions
+    "reasoning_effort": "output_config.effort",
+    "response_format": "output_config.format",
+    "response_format.json_schema": "output_config.format",
+    "stop": "stop_sequences",
+}
 
 
 def anthropic_routes(service: Service) -> APIRouter:
@@ -27,7 +35,7 @@ def anthropic_routes(service: Service) -> APIRouter:
         body.refuse_unknown()
         if body.shows_thoughts and not service.reasoning.is_known:
             raise ApiError(422, "thinking: the chat template of this model has no thoughts", param="thinking")
-        answer = await OneAnswer.start(service, body.as_chat(), request)
+        answer = await OneAnswer.start(service, as_chat(service, body), request, NAMES)
         head = {"id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant", "model": body.model}
         if body.stream:
             return await stream_events(request, message_events(answer, head, body.shows_thoughts), is_named=True)
@@ -39,10 +47,17 @@ def anthropic_routes(service: Service) -> APIRouter:
     async def count_tokens(body: CountBody, request: Request) -> Response:
         """Tokens of a conversation, as the model would read it."""
         body.refuse_unknown()
-        prompt, _, _ = await read_chat(service, body.chat(), request)
+        with renamed(NAMES):
+            prompt, _, _ = await read_chat(service, as_chat(service, body), request)
         return json_response({"input_tokens": len(prompt)})
 
     return router
+
+
+def as_chat(service: Service, body: CountBody) -> ChatBody:
+    """The conversation as a body of chat completions, with thoughts on or off where the request and the chat template say so."""
+    variables = {} if body.thinking is None else thinking_variables(service, thinks=body.shows_thoughts)
+    return body.chat(chat_template_kwargs=variables or None)
 
 
 def blocks(finished: Finished, shows_thoughts: bool) -> list[Json]:

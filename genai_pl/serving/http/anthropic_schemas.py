@@ -101,6 +101,21 @@ class ThinkingOption(BaseModel):
     budget_tokens: Count | None = None
 
 
+class OutputFormat(BaseModel):
+    """A JSON schema that the answer follows."""
+
+    type: Literal["json_schema"]
+    schema_: JsonObject = Field(alias="schema")
+
+
+class OutputConfig(BaseModel):
+    """The form of the answer, and how much the model thinks; high is the default."""
+
+    model_config = ConfigDict(extra="forbid")
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
+
+
 class CountBody(Body):
     """Body of POST /v1/messages/count_tokens: a conversation."""
 
@@ -110,10 +125,17 @@ class CountBody(Body):
     tools: Annotated[list[ClientTool], Field(fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: ThinkingOption | None = None
+    output_config: OutputConfig | None = None
+
+    @property
+    def shows_thoughts(self) -> bool:
+        """True if the answer has blocks of thoughts."""
+        return self.thinking is not None and self.thinking.type != "disabled"
 
     def chat(self, **options: object) -> ChatBody:
         """The same conversation as a body of chat completions."""
-        return ChatBody(model=self.model, messages=[*self._system(), *self._turns()], **self._tools(), **options)
+        given = {**self._tools(), **self._output(), **options}
+        return ChatBody(model=self.model, messages=[*self._system(), *self._turns()], **given)
 
     def _turns(self) -> list[Message]:
         return [message for turn in self.messages for message in turn.messages()]
@@ -128,6 +150,15 @@ class CountBody(Body):
             return {"tools": tools}
         named = {"type": "function", "function": {"name": self.tool_choice.name}}
         return {"tools": tools, "tool_choice": TOOL_CHOICES.get(self.tool_choice.type, named)}
+
+    def _output(self) -> dict[str, object]:
+        """The fields response_format and reasoning_effort."""
+        config, found = self.output_config or OutputConfig(), {}
+        if config.format is not None:
+            found["response_format"] = {"type": "json_schema", "json_schema": {"schema": config.format.schema_}}
+        if config.effort not in (None, "high"):
+            found["reasoning_effort"] = config.effort
+        return found
 
     @model_validator(mode="after")
     def _check(self) -> "CountBody":
@@ -149,13 +180,8 @@ class MessagesBody(CountBody):
     top_k: Annotated[int, Field(ge=1, le=2**31)] | None = None
     stream: bool = False
 
-    @property
-    def shows_thoughts(self) -> bool:
-        """True if the answer has blocks of thoughts."""
-        return self.thinking is not None and self.thinking.type != "disabled"
-
-    def as_chat(self) -> ChatBody:
+    def chat(self, **options: object) -> ChatBody:
         """The request as one of chat completions."""
         names = ("temperature", "top_p", "top_k", "max_tokens")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return self.chat(stop=list(self.stop_sequences) or None, **given)
+        return super().chat(stop=list(self.stop_sequences) or None, **given, **options)

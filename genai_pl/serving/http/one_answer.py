@@ -2,8 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from typing import NamedTuple
 
 from fastapi import Request
@@ -33,6 +33,18 @@ class Finished(NamedTuple):
     n_reasoning: int
 
 
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Context in which an ApiError names fields as an API does, by what chat completions call them."""
+    try:
+        yield
+    except ApiError as error:
+        if (name := names.get(error.param or "")) is not None:
+            error.args = (str(error).replace(error.param, name),)
+            error.param = name
+        raise
+
+
 class OneAnswer:
     """The answer to one conversation while it is generated.
 
@@ -52,14 +64,9 @@ class OneAnswer:
 
         names: what the API calls fields of chat completions, for errors
         """
-        try:
+        with renamed(names or {}):
             prompt, form, token_limit = await read_chat(service, body, request)
             [answer] = await submit(service, body, request, [prompt], form, token_limit)
-        except ApiError as error:
-            if (name := (names or {}).get(error.param or "")) is not None:
-                error.args = (str(error).replace(error.param, name),)
-                error.param = name
-            raise
         return cls(service, body, len(prompt), answer, form)
 
     @property

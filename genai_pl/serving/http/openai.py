@@ -23,6 +23,7 @@ from genai_pl.serving.http.responses import AnswerFormat, ChatFormat, Completion
 from genai_pl.serving.http.schemas import ChatBody, CompletionBody, EmbeddingBody, OpenAISampling
 from genai_pl.serving.http.streaming import Events, cancelled_at_exit, collect, merged, stream_events, while_connected
 from genai_pl.serving.http.structured import apply_response_format
+from genai_pl.serving.http.template_variables import template_variables
 from genai_pl.serving.http.tools import ForcedCallFormat, ToolChatFormat, is_forced, offered_tools
 from genai_pl.serving.service import Service
 
@@ -111,7 +112,8 @@ async def read_chat(
     check(service, body, 1)
     tools = offered_tools(service, body)
     turns = [message.plain() for message in body.messages]
-    prompt = await while_connected(request.receive, service.chat_tokens(turns, tools))
+    work = service.chat_tokens(turns, tools, template_variables(service, body))
+    prompt = await while_connected(request.receive, work)
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     token_limit = {"max_tokens": getattr(body, param), "param": param, "default": None}
     top = (body.top_logprobs or 0) if body.logprobs else None

@@ -8,7 +8,8 @@ from fastapi.responses import Response
 
 from genai_pl.serving.errors import documented, json_response
 from genai_pl.serving.http.messages import CalledFunction, Message, ToolCall
-from genai_pl.serving.http.one_answer import Finished, OneAnswer
+from genai_pl.serving.http.one_answer import Finished, OneAnswer, renamed
+from genai_pl.serving.http.openai import read_chat
 from genai_pl.serving.http.response_events import response_events
 from genai_pl.serving.http.response_items import items
 from genai_pl.serving.http.response_memory import ResponseMemory
@@ -22,6 +23,7 @@ NAMES = {  # what this API calls fields of chat completions
     "messages": "input",
     "response_format": "text.format",
     "response_format.json_schema": "text.format",
+    "reasoning_effort": "reasoning.effort",
 }
 ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 503, 504)
 
@@ -31,12 +33,16 @@ def response_routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1/responses", responses=ERRORS, tags=["OpenAI"])
     memory = ResponseMemory(int(service.limits.stored_mib * 2**20))
 
+    def turns_before(body: ResponsesBody) -> list[Message]:
+        """The conversation that the body continues."""
+        previous = body.previous_response_id
+        return [] if previous is None else memory.get(previous, "previous_response_id").messages
+
     @router.post("")
     async def respond(body: ResponsesBody, request: Request) -> Response:
         """Answer an input, perhaps after an earlier response, with items: thoughts, a message, calls of functions."""
         body.refuse_unknown()
-        previous = body.previous_response_id
-        earlier = [] if previous is None else memory.get(previous, "previous_response_id").messages
+        earlier = turns_before(body)
         answer = await OneAnswer.start(service, body.as_chat(earlier), request, NAMES)
         head = response_head(body, body.model or service.name)
 
@@ -51,6 +57,14 @@ def response_routes(service: Service) -> APIRouter:
         if body.stream:
             return await stream_events(request, response_events(answer, head, finish), is_named=True)
         return json_response(finish(items(await answer.whole(request))))
+
+    @router.post("/input_tokens")
+    async def input_tokens(body: ResponsesBody, request: Request) -> Response:
+        """Tokens of the conversation that such a response would answer, as the model would read it."""
+        body.refuse_unknown()
+        with renamed(NAMES):
+            prompt, _, _ = await read_chat(service, body.as_chat(turns_before(body)), request)
+        return json_response({"object": "response.input_tokens", "input_tokens": len(prompt)})
 
     @router.get("/{name}")
     async def stored(name: str) -> Response:
@@ -84,6 +98,7 @@ def response_head(body: ResponsesBody, model: str) -> Json:
         "output": [],
         "parallel_tool_calls": True if body.parallel_tool_calls is None else body.parallel_tool_calls,
         "text": {"format": (body.text.format if body.text else None) or {"type": "text"}},
+        "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
         "tool_choice": choice or "auto",
         "tools": [tool.model_dump(exclude_unset=True) for tool in body.tools or ()],
         "truncation": "disabled",

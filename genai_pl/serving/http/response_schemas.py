@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from genai_pl.serving.http.messages import CalledFunction, Function, JsonObject, Message, Text, TextPart, Tool, ToolCall
-from genai_pl.serving.http.schemas import Body, ChatBody, Count, Stop
+from genai_pl.serving.http.schemas import Body, ChatBody, Count, Effort, Stop
 
 TEXTS = ("input_text", "output_text", "reasoning_text", "summary_text", "text")
 
@@ -120,10 +120,27 @@ class NamedChoice(BaseModel):
 
 
 class TextOptions(BaseModel):
-    """The form of the text: format.type is text, json_object or json_schema."""
+    """The form of the text: format.type is text, json_object or json_schema; other verbosity than the default is refused."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="forbid")
     format: dict[str, object] | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ReasoningOptions(BaseModel):
+    """How much the model thinks before it answers. Thoughts come whole, as the item reasoning: no summary is made of them."""
+
+    model_config = ConfigDict(extra="forbid")
+    effort: Effort | None = None
+    summary: Literal["auto"] | None = None
+    generate_summary: Literal["auto"] | None = None
+
+
+class ResponseStreamOptions(BaseModel):
+    """Options of a stream: events are not padded."""
+
+    model_config = ConfigDict(extra="forbid")
+    include_obfuscation: Literal[False] | None = None
 
 
 class ResponsesBody(Body):
@@ -142,6 +159,15 @@ class ResponsesBody(Body):
     tools: Annotated[list[FunctionTool], Field(fail_fast=True)] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
     text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    include: Annotated[list[Literal["reasoning.encrypted_content"]], Field(fail_fast=True)] | None = Field(
+        None, description="thoughts are not encrypted: items have them as content, whatever is included"
+    )
+    stream_options: ResponseStreamOptions | None = None
+    top_logprobs: Literal[0] | None = None
+    max_tool_calls: Count | None = Field(
+        None, description="of tools that run on OpenAI's servers, of which there are none"
+    )
     truncation: Literal["disabled"] | None = Field(None, description="a conversation is never cut")
     background: Literal[False] | None = None
     metadata: dict[str, object] | None = None
@@ -158,6 +184,8 @@ class ResponsesBody(Body):
         system = [Message(role="system", content=self.instructions)] if self.instructions else []
         names = {"temperature": "temperature", "top_p": "top_p", "max_output_tokens": "max_completion_tokens"}
         options = {theirs: getattr(self, ours) for ours, theirs in names.items() if getattr(self, ours) is not None}
+        if self.reasoning is not None:
+            options["reasoning_effort"] = self.reasoning.effort
         if self.tools:
             options["tools"] = [tool.function() for tool in self.tools]
         if isinstance(self.tool_choice, NamedChoice):

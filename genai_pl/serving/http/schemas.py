@@ -3,20 +3,32 @@
 Every field has bounds, and lists stop at their first mistake: validating a body must not cost more than the work it asks for.
 """
 
+from difflib import get_close_matches
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from genai_pl.serving.errors import ApiError
-from genai_pl.serving.http.messages import Message, Text, Tool
+from genai_pl.serving.http.messages import JsonObject, Message, Text, Tool
 
 SEEDS = 2**63  # seeds are signed integers of 64 bits, as torch.Generator takes them
-NEUTRAL: dict[str, tuple[object, ...]] = {  # OpenAI's fields without effect here: the values that change nothing
+NEUTRAL: dict[str, tuple[object, ...]] = {  # fields without effect here: the values that change nothing
     "best_of": (1,),
     "modalities": (["text"],),
+    "verbosity": ("medium",),
+    "speed": ("standard",),
 }
-# fields that never change an answer
-IGNORED = {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
+# fields that never change an answer: notes, whose request it is, and what concerns a cache that is always on here
+IGNORED = {"metadata", "parallel_tool_calls", "safety_identifier", "service_tier", "store", "user"}
+IGNORED |= {"cache_control", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "user_profile_id"}
+# deprecated fields, and those of other servers, with what to write here
+INSTEAD = {
+    "function_call": "tool_choice",
+    "functions": "tools",
+    "max_new_tokens": "max_tokens",
+    "stop_sequences": "stop",
+    "output_format": "output_config.format",
+}
 # fields of Sampling that override the server's settings
 SAMPLING_FIELDS = (
     "temperature",
@@ -45,6 +57,7 @@ Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=
 Turns = Annotated[list[Message], Field(fail_fast=True, min_length=1)]
 Inputs = Annotated[list[Text | Tokens], Field(fail_fast=True, min_length=1)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]  # of thinking
 Bias = Annotated[
     dict[Annotated[int, Field(ge=0, lt=2**31)], Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=MAX_BIAS),
@@ -61,7 +74,15 @@ class Body(BaseModel):
         """Raise ApiError 422 for an unknown field that would have changed the answer; neutral values are accepted."""
         for name, value in (self.model_extra or {}).items():
             if name not in IGNORED and value is not None and value not in NEUTRAL.get(name, ()):
-                raise ApiError(422, f"{name}: no such option of this server", param=name)
+                raise ApiError(422, f"{name[:80]}: no such option of this server{self._hint(name)}", param=name)
+
+    def _hint(self, name: str) -> str:
+        """The field that an unknown one may stand for, as the end of a message."""
+        known = INSTEAD.get(name, "").partition(".")[0]
+        if known in type(self).model_fields:
+            return f", use {INSTEAD[name]}"
+        near = get_close_matches(name[:80], type(self).model_fields, n=1, cutoff=0.85)
+        return f", did you mean {near[0]}?" if near else ""
 
 
 class Sampling(Body):
@@ -170,6 +191,10 @@ class ChatBody(OpenAISampling):
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Text | dict[str, object] | None = Field(
         None, description="none, auto, required, or a function by name"
+    )
+    reasoning_effort: Effort | None = Field(None, description="of thinking, for chat templates with an option for it")
+    chat_template_kwargs: JsonObject | None = Field(
+        None, description="variables of the chat template, as vLLM has them"
     )
 
     @model_validator(mode="after")

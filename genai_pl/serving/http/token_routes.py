@@ -7,10 +7,11 @@ from fastapi.responses import Response
 from pydantic import Field, model_validator
 
 from genai_pl.serving.errors import documented
-from genai_pl.serving.http.messages import Text, Tool
+from genai_pl.serving.http.messages import JsonObject, Text, Tool
 from genai_pl.serving.http.rendering import json_answer
 from genai_pl.serving.http.schemas import Body, Tokens, Turns
 from genai_pl.serving.http.streaming import while_connected
+from genai_pl.serving.http.template_variables import check_variables
 from genai_pl.serving.service import Service
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class TokenizeBody(Body):
     prompt: Text | None = None
     messages: Turns | None = None
     tools: list[Tool] | None = None
+    chat_template_kwargs: JsonObject | None = None
     model: Text | None = None
     add_special_tokens: bool = Field(True, description="of a text: begin tokens, as for a completion")
     return_token_strs: bool = Field(
@@ -56,7 +58,8 @@ def token_routes(service: Service) -> APIRouter:
         service.adapter_of(body.model)
         if body.messages is not None:
             tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()]
-            work = service.chat_tokens([message.plain() for message in body.messages], tools)
+            variables = check_variables(service, body.chat_template_kwargs)
+            work = service.chat_tokens([message.plain() for message in body.messages], tools, variables)
         elif body.add_special_tokens:
             work = service.tokens(body.prompt)
         else:
