@@ -145,11 +145,9 @@ def write_files(folder: Path) -> None:
         lines = [json.dumps({key: value.format(n) for key, value in row.items()}) for n in range(24)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     lines = [json.dumps({"prompt": f"{n} is", "completion": "good", "label": n % 2 == 0}) for n in range(24)]
-    lines = [
-        json.dumps({"prompt": f"{n} is", "completions": ["a", "b"], "labels": [True, n % 2 == 0]}) for n in range(24)
-    ]
-    (folder / "steps.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "unpaired.jsonl").write_text("\n".join(lines) + "\n")
+    steps = ({"prompt": f"{n} is", "completions": ["a", "b"], "labels": [True, n % 2 == 0]} for n in range(24))
+    (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
     (folder / "text.txt").write_text("\n\n".join(f"The {n} of it, and what follows." for n in range(60)))
     (folder / "rewards.py").write_text(
         "def length(prompts, completions, **columns):\n    return [float(len(text)) for text in completions]\n"

@@ -52,21 +52,9 @@ CALCULATOR = (
     *("objective.max_turns=2", "objective.max_new_tokens=100", "precision=fp32"),
 )
 ON_POLICY = (
-    *(
-        "objective=distill",
-        "objective.teacher=../caller",
-        CALLER,
-        "init_layers=1",
-        TEXT,
-        "data.seq_len=48",
-        "precision=fp32",
-    ),
-    *(
-        "objective.student_fraction=0.5",
-        "objective.max_new_tokens=8",
-        "objective.text_prompt_tokens=8",
-        "objective.beta=0.5",
-    ),
+    *("objective=distill", "objective.teacher=../caller", CALLER, "init_layers=1", TEXT, "data.seq_len=48"),
+    *("objective.student_fraction=0.5", "objective.max_new_tokens=8", "objective.text_prompt_tokens=8"),
+    *("objective.beta=0.5", "precision=fp32"),
 )
 BEST = (
     *("callbacks.checkpoint.best=val/loss", "callbacks.export=best", "callbacks.checkpoint.keep=1"),
@@ -134,9 +122,8 @@ def draws() -> list[Case]:
     numbers = []
     for kind, options in KINDS.items():
         stages = ["preparation", "training", "validation", "checkpoint", "export", TORN, "time", "beginning", "finish"]
-        stages += ["rollout"] * bool({"objective.group_size=4", "objective.student_fraction=0.5"} & {*options}) + [
-            "samples"
-        ] * (kind == "tensorboard")
+        rolls_out = bool({"objective.group_size=4", "objective.student_fraction=0.5"} & {*options})
+        stages += ["rollout"] * rolls_out + ["samples"] * (kind == "tensorboard")
         draw.shuffle(stages)
         ranks = range(2 if TWO[0] in options else 1)
         for length in (1, 1, 3):
