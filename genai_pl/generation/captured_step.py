@@ -55,9 +55,9 @@ def gpu_seconds(run: Callable[[], object]) -> float:
     return best
 
 
-def capturable(model: object, cache: object) -> bool:
-    """True if the steps of a decoder with this cache can be recorded: every tensor has one size, and one process computes."""
-    if type(model) is not Decoder or type(cache) is not KVCache or model.fused is not None:
+def capturable(model: object) -> bool:
+    """True if the steps of a model with a `KVCache` can be recorded: every tensor has one size, and one process computes."""
+    if type(model) is not Decoder or model.fused is not None:
         return False
     config = model.config
     alike = (
@@ -89,7 +89,7 @@ class StaticColumns:
 class CapturedStep:
     """Logits (B, V) after one more token of each row, from buffers of one KV cache.
 
-    model, cache: what `capturable` allows. record: turns a function into its replay.
+    model: what `capturable` allows. record: turns a function into its replay.
     """
 
     def __init__(self, model: Decoder, cache: KVCache, record: Recorder) -> None:
@@ -154,16 +154,19 @@ class CapturedSteps:
 
     def step(self, model: object, cache: object, token: Tensor, segment: Tensor | None) -> Tensor | None:
         """Logits (B, V) after token (B, 1), with the cache advanced; None where the caller must compute them."""
-        if self.given_up or token.shape[1] != 1 or not capturable(model, cache) or cache.length == 0:
+        if self.given_up or token.shape[1] != 1 or type(cache) is not KVCache or cache.length == 0:
             return None
-        if self.captured is not None and self.captured.columns.k is not cache.k:  # rows were dropped, or a cache is new
+        if self.captured is None or self.captured.columns.k is not cache.k:  # rows were dropped, or a cache is new
             self.captured = None
-        if self.captured is None and not self._capture(model, cache, token, segment):
-            return None
+            if not self._capture(model, cache, token, segment):
+                return None
         return self.captured(cache, token, segment) if self.captured.fits(cache) else None
 
     def _capture(self, model: Decoder, cache: KVCache, token: Tensor, segment: Tensor | None) -> bool:
         """Record a step and compare its time with an eager one's; False where it cannot be, or does not pay."""
+        if not capturable(model):
+            self.given_up = True
+            return False
         if cache.max_length - cache.length < WORTH:
             return False
         try:
@@ -172,7 +175,8 @@ class CapturedSteps:
             seconds = [self.clock(run) for run in (captured.replay, lambda: _eager(model, cache, token, segment))]
         except (RuntimeError, NotImplementedError) as error:
             self.given_up = True
-            log_once(f"decoding    without CUDA graphs: {str(error).strip().splitlines()[0]}")
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            log_once(f"decoding    without CUDA graphs: {reason}")
             return False
         ratio = seconds[1] / max(seconds[0], 1e-9)
         self.given_up = ratio < 1

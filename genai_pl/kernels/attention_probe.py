@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -194,9 +195,11 @@ def gpu_clock(run: Callable[[], None], *, repeats: int = 10) -> float:
 
 def machine_of(device: torch.device) -> str:
     """The GPU and the versions that decide how fast and how right its kernels are."""
-    import triton
-
-    versions = f"torch {torch.__version__}, triton {triton.__version__}, cuda {torch.version.cuda or torch.version.hip}"
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    versions = f"torch {torch.__version__}, triton {triton}, cuda {torch.version.cuda or torch.version.hip}"
     return f"{torch.cuda.get_device_name(device)}, {versions},"
 
 

@@ -111,6 +111,11 @@ GENERATE_RULES = (
         all_hold(is_one_of("generation.draft", None), is_one_of("generation.prompt_lookup", None)),
         "neither generation.draft nor generation.prompt_lookup proposes tokens",
     ),
+    Rule(
+        ("generation.cuda_graphs",),
+        fails(all_hold(NO_BEAMS, is_one_of("generation.draft", None), is_one_of("generation.prompt_lookup", None))),
+        "beams and proposed tokens are read without them",
+    ),
 )
 ENCODER_RULE = Rule(
     (*WRITING_OPTIONS, "stream"), lambda config: not (config.embed or config.score), "an encoder fills in masks"

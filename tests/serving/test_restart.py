@@ -72,14 +72,15 @@ def test_a_stream_outlives_the_start_of_the_next_server(tiny: Path) -> None:
 
 
 class Client(threading.Thread):
-    """Streams one answer after another, each on a connection of its own, until it is told to end.
+    """Streams one answer after another until it is told to end, each on a connection of its own, or all on one where it keeps it.
 
     seen: (name of the server, when the stream began, when it ended) of each; wrong: what differs from the text, or failed
     """
 
-    def __init__(self, url: str, prompt: str, text: str) -> None:
+    def __init__(self, url: str, prompt: str, text: str, *, keeps: bool) -> None:
         super().__init__(daemon=True)
         self.url, self.prompt, self.text = url, prompt, text
+        self.connection = httpx.Client() if keeps else None
         self.seen: list[tuple[str, float, float]] = []
         self.wrong: list[object] = []
         self.is_over = threading.Event()
@@ -88,7 +89,7 @@ class Client(threading.Thread):
         while not self.is_over.is_set():
             began = time.monotonic()
             try:
-                name, text = streamed(self.url, self.prompt)
+                name, text = streamed(self.url, self.prompt, self.connection)
             except Exception as error:
                 self.wrong.append(error)
                 continue
@@ -102,10 +103,11 @@ def served_name(url: str) -> str:
     return httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
 
 
-def streamed(url: str, prompt: str) -> tuple[str, str]:
-    """(name of the server, text) of a greedy stream."""
+def streamed(url: str, prompt: str, connection: httpx.Client | None = None) -> tuple[str, str]:
+    """(name of the server, text) of a greedy stream, on a new connection or on this one."""
     body = {"prompt": prompt, "max_tokens": 400, "temperature": 0, "stream": True, "logit_bias": {"256": -100}}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
+    stream = httpx.stream if connection is None else connection.stream
+    with stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
         assert reply.status_code == 200, reply.read()
         lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
     assert lines[-1] == "[DONE]", lines[-1]
@@ -128,7 +130,9 @@ def test_no_stream_is_lost_when_a_new_process_takes_over(workers: int, tmp_path:
     try:
         servers[0].wait_for(url, 240)
         prompts = ["Once", "upon", "a time", "there", "was", "a king"]
-        clients = [Client(url, prompt, streamed(url, prompt)[1]) for prompt in prompts]
+        texts = [streamed(url, prompt)[1] for prompt in prompts]
+        # those that keep their connections stay with the old one until it is told to stop
+        clients = [Client(url, *pair, keeps=n % 2 == 0) for n, pair in enumerate(zip(prompts, texts, strict=True))]
         for client in clients:
             client.start()
         # the new one starts while streams run; from the moment that it listens it gets every new one
@@ -141,6 +145,8 @@ def test_no_stream_is_lost_when_a_new_process_takes_over(workers: int, tmp_path:
         for client in clients:
             client.is_over.set()
             client.join(60)
+            if client.connection is not None:
+                client.connection.close()
         assert [client.wrong for client in clients] == [[]] * len(clients)
         seen = [each for client in clients for each in client.seen]
         assert {name for name, *_ in seen} == {"old", "new"}

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from genai_pl.serving.errors import ApiError
-from genai_pl.serving.http.messages import Message, Text, Tool
+from genai_pl.serving.http.messages import JsonObject, Message, Text, Tool
 
 SEEDS = 2**63  # seeds are signed integers of 64 bits, as torch.Generator takes them
 NEUTRAL: dict[str, tuple[object, ...]] = {  # fields without effect here: the values that change nothing
@@ -58,7 +58,6 @@ Turns = Annotated[list[Message], Field(fail_fast=True, min_length=1)]
 Inputs = Annotated[list[Text | Tokens], Field(fail_fast=True, min_length=1)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]  # of thinking
-Variables = dict[Text, bool | int | float | Annotated[Text, Field(max_length=4096)] | None]
 Bias = Annotated[
     dict[Annotated[int, Field(ge=0, lt=2**31)], Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=MAX_BIAS),
@@ -194,7 +193,9 @@ class ChatBody(OpenAISampling):
         None, description="none, auto, required, or a function by name"
     )
     reasoning_effort: Effort | None = Field(None, description="of thinking, for chat templates with an option for it")
-    chat_template_kwargs: Variables | None = Field(None, description="variables of the chat template, as vLLM has them")
+    chat_template_kwargs: JsonObject | None = Field(
+        None, description="variables of the chat template, as vLLM has them"
+    )
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> "ChatBody":

@@ -1,16 +1,22 @@
 """Variables of the chat template that a request sets: chat_template_kwargs (vLLM's) and the effort of thinking."""
 
 from genai_pl.serving.errors import ApiError
-from genai_pl.serving.http.schemas import ChatBody, Variables
+from genai_pl.serving.http.messages import JsonObject
+from genai_pl.serving.http.schemas import ChatBody
 from genai_pl.serving.service import Service
 
+MAX_CHARACTERS = 4096  # of a variable
 EFFORT, THINKING = "reasoning_effort", "enable_thinking"  # of gpt-oss and others; of Qwen3 and others
 
 
-def check_variables(service: Service, variables: Variables | None) -> dict[str, object]:
+def check_variables(service: Service, variables: JsonObject | None) -> dict[str, object]:
     """The variables; ApiError 422 for one that the chat template does not read, which would change nothing."""
     known = service.template_options
-    for name in variables or {}:
+    for name, value in (variables or {}).items():
+        if isinstance(value, dict | list) or len(str(value)) > MAX_CHARACTERS:
+            kinds = f"true, false, a number or a text of at most {MAX_CHARACTERS:,} characters"
+            message = f"chat_template_kwargs.{name[:80]}: give {kinds}"
+            raise ApiError(422, message, param="chat_template_kwargs")
         if name not in known:
             read = f"it reads {', '.join(sorted(known))}" if known else "it reads none"
             message = f"chat_template_kwargs: the chat template of this model has no variable {name[:80]}, {read}"

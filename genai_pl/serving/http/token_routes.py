@@ -7,9 +7,9 @@ from fastapi.responses import Response
 from pydantic import Field, model_validator
 
 from genai_pl.serving.errors import documented
-from genai_pl.serving.http.messages import Text, Tool
+from genai_pl.serving.http.messages import JsonObject, Text, Tool
 from genai_pl.serving.http.rendering import json_answer
-from genai_pl.serving.http.schemas import Body, Tokens, Turns, Variables
+from genai_pl.serving.http.schemas import Body, Tokens, Turns
 from genai_pl.serving.http.streaming import while_connected
 from genai_pl.serving.http.template_variables import check_variables
 from genai_pl.serving.service import Service
@@ -26,7 +26,7 @@ class TokenizeBody(Body):
     prompt: Text | None = None
     messages: Turns | None = None
     tools: list[Tool] | None = None
-    chat_template_kwargs: Variables | None = None
+    chat_template_kwargs: JsonObject | None = None
     model: Text | None = None
     add_special_tokens: bool = Field(True, description="of a text: begin tokens, as for a completion")
     return_token_strs: bool = Field(
