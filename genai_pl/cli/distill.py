@@ -4,6 +4,7 @@
 (`genai_pl/modules/teacher_cache.py`). A row is marked once it is on disk, so a killed command goes on where it was.
 """
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,12 +22,14 @@ from genai_pl.modules.served_teacher import Server
 from genai_pl.modules.teacher_cache import Contents, TeacherCache, digest_rows, fill_cache
 from genai_pl.modules.teachers import ModelTeacher, RowTeacher
 from genai_pl.progress import progress_bar
+from genai_pl.training.alignment_rules import DISTILL_COMMAND_RULES
 from genai_pl.training.data_only import DataOnly, open_data, tokenize_data
 from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.report import shell_arguments
 from genai_pl.training.targets import instantiate
 from genai_pl.training.teachers import check_tokenizer, load_teacher, open_served_teacher
 from genai_pl.training.trust import key_of, value_of
+from genai_pl.training.unused_options import refuse_unused
 
 READ = ("data", "tokenizer", "seed", "model", "experiment")  # options that decide what the rows are
 
@@ -59,8 +62,8 @@ def check_options(config: DictConfig) -> None:
     """ConfigError for values that cannot work, before anything is read."""
     if config.top_k < 1:
         raise ConfigError(f"top_k={config.top_k} must be at least 1")
-    if not config.temperature > 0:
-        raise ConfigError(f"temperature={config.temperature} must be above 0")
+    if not 0 < config.temperature < math.inf:
+        raise ConfigError(f"temperature={config.temperature} must be above 0, and finite")
     dtypes_of(config.precision.lightning)
     if not config.objective._target_.endswith(f".{DistillModule.__name__}"):
         raise ConfigError("objective: distill.py writes what objective=distill reads; leave it out")
@@ -68,6 +71,7 @@ def check_options(config: DictConfig) -> None:
         key = key_of(override)
         if key.startswith("objective.") and not key.startswith("objective.server."):
             raise ConfigError(f"{override}: has no effect: only the teacher is asked; give it to train.py")
+    refuse_unused(config, job_overrides(), DISTILL_COMMAND_RULES)
 
 
 def build_teacher(config: DictConfig, read: DataOnly) -> RowTeacher:

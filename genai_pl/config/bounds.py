@@ -109,7 +109,8 @@ BOUNDS: dict[str, Bound] = {
     "precision.float8": FLAG,
     "strategy.lightning": TEXT,
     **{f"objective.{name}": real(0, 1) for name in ("label_smoothing", "gamma", "gae_lambda")},
-    "objective.temperature": real(0),  # 0: greedy
+    **{f"objective.{name}": real(0) for name in ("temperature", "sampling_temperature")},  # 0: greedy
+    "objective.tool_timeout": real(0, exclusive=True),  # at 0 every call fails
     **{f"objective.{name}": real(0) for name in LOSS_WEIGHTS},
     **{f"objective.{name}": real(0, exclusive=True) for name in ("clip_range", "value_clip_range", "kl_horizon")},
     **{f"objective.{name}": POSITIVE_OR_NULL for name in ("clip_range_high", "kl_target")},

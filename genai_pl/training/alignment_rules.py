@@ -102,3 +102,20 @@ ALIGNMENT_RULES = (
         "universal=true: sorted probabilities have one distance",
     ),
 )
+
+OF_RUNS = ("optimizer", "scheduler", "trainer", "callbacks", "logger", "eval", "generation", "plan", "strategy")
+DISTILL_COMMAND_RULES = (
+    Rule(
+        tuple(f"{group}." for group in OF_RUNS),  # a group itself is covered too
+        lambda config: True,
+        "nothing is trained: give it to the train.py that reads the file",
+    ),
+    Rule(
+        ("resume", "run_name", "dry_run", "init_layers", "compile", "profile", "output_dir"),
+        lambda config: True,
+        "there is no run, but the folder `out`",
+    ),
+    Rule(("objective.server.",), fails(is_served), "teacher is no address"),
+    Rule(("objective.server.top_k",), is_served, "top_k is what is asked for"),
+    Rule(("device", "precision."), is_served, "the teacher runs behind its address"),
+)

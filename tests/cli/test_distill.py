@@ -190,6 +190,10 @@ def test_the_file_has_the_likeliest_tokens_and_the_mass_of_all_others(place: Pat
 MISTAKES = (
     ("distill", ("top_k=0",), "top_k=0 must be at least 1"),
     ("distill", ("temperature=0",), "temperature=0.0 must be above 0"),
+    ("distill", ("temperature=inf",), "temperature=inf"),
+    ("distill", ("optimizer.lr=1e-4",), "optimizer.lr=1e-4: has no effect: nothing is trained"),
+    ("distill", ("trainer=ddp",), "trainer=ddp: has no effect: nothing is trained"),
+    ("distill", ("objective.server.workers=2",), "objective.server.workers=2: has no effect: teacher is no address"),
     ("distill", ("out=text.txt",), "out=text.txt: there is something else"),
     ("distill", ("objective.alpha=0.1",), "objective.alpha=0.1: has no effect"),
     ("distill", ("top_k=8",), "out=taught: holds another top_k (teacher)"),
