@@ -43,7 +43,7 @@ class Node:
                     *options,
                 ],
                 cwd=folder,
-                env=PLAIN,
+                env={**PLAIN, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # a node that comes in later: see docs/scaling.md
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
