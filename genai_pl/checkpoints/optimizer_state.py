@@ -1,7 +1,8 @@
 """Optimizer states of sharded parameters: saved full or sharded, restored on any number of ranks.
 
 torch saves states by the numbers of parameters, in the order of the groups. A tensor with the shape of its parameter
-(moments) is sharded as the parameter is; anything else (step counters, Adafactor's rows and columns) is held in full
+(moments) is sharded as the parameter is, and so is one that differs in the last dimension alone (scales of the blocks of
+8-bit moments), though it is saved in full; anything else (step counters, Adafactor's rows and columns) is held in full
 by every rank. So one rank's file can be loaded by eight, and shards of eight by one.
 """
 
@@ -81,14 +82,16 @@ def _is_sharded_like(value: object, parameter: Tensor) -> bool:
 def _shard_value(value: object, parameter: Tensor) -> object:
     """A full value of an optimizer's state as the parameter needs it.
 
-    Sharded where it has the parameter's shape, else replicated on the parameter's mesh; plain numbers, scalars and
-    values for plain parameters unchanged.
+    Sharded where it has the parameter's shape, but for the last dimension, else replicated on the parameter's mesh;
+    plain numbers, scalars and values for plain parameters unchanged.
     """
     if not isinstance(value, Tensor) or is_dtensor(value):
         return value
     if not is_dtensor(parameter) or value.ndim == 0:
         return value
-    if value.shape == parameter.shape:
+    if (
+        value.ndim == parameter.ndim > 1 and value.shape[:-1] == parameter.shape[:-1]
+    ) or value.shape == parameter.shape:
         return shard_like(value, parameter)
     from torch.distributed.tensor import DTensor, Replicate
 

@@ -187,7 +187,12 @@ def model_share(
         largest_gradient=largest_gradient(local_model) if config.trainer.optimizer_in_backward else None,
         weight_bytes=weight_bytes,
         compute_bytes=compute_bytes,
-        moments=moments(config.optimizer._target_.rpartition(".")[2], local_model),
+        moments=moments(
+            config.optimizer._target_.rpartition(".")[2],
+            local_model,
+            config.optimizer.get("moments"),
+            weight_bytes=weight_bytes,
+        ),
     )
 
 

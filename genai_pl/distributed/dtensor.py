@@ -69,6 +69,28 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
     )
 
 
+def with_shard(part: Tensor, like: Tensor) -> Tensor:
+    """The DTensor that has `part` where `like` has this rank's shard; `part` itself where `like` is no DTensor.
+
+    The last dimension may differ from that of `like`, where no process divides it. Sends nothing.
+    """
+    if not is_dtensor(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    shape = (*like.shape[:-1], part.size(-1)) if part.ndim == like.ndim and not divides_rows(like) else like.shape
+    stride = torch.empty(shape, device="meta").stride()
+    value = DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+    return value.to(like.device)  # offloaded shards stay in RAM, where from_local moves them to the mesh's device
+
+
+def divides_rows(value: "DTensor") -> bool:
+    """Whether processes divide the last dimension of a DTensor."""
+    return any(getattr(placement, "dim", None) == value.ndim - 1 for placement in value.placements)
+
+
 def move_unsharded(module: nn.Module, device: torch.device) -> None:
     """Move parameters and buffers that are no DTensors to a device, in place.
 

@@ -17,7 +17,7 @@ from genai_pl.data.messages import Message, parse_messages
 from genai_pl.data.turns import Turns
 from genai_pl.environments.environment import Observation
 from genai_pl.environments.tools import Tools
-from genai_pl.environments.user_code import OneLineErrors
+from genai_pl.environments.user_code import OneLineErrors, plain_number
 from genai_pl.errors import ConfigError, DataError
 
 # names of metrics that rollouts and policies log themselves
@@ -77,7 +77,7 @@ class Episode:
             takes_seed = "seed" in inspect.signature(environment.reset).parameters
             given = await _awaited(environment.reset(row, seed=seed) if takes_seed else environment.reset(row))
         self.is_text = isinstance(given, str)
-        first = given if self.is_text else _parsed(given)
+        first = _text(given) if self.is_text else _parsed(given)
         if not first:
             raise ConfigError(f"{rules.option}: reset gave {_shown(given)}: give messages, or a text")
         if not self.is_text and first[-1]["role"] == "assistant":
@@ -161,7 +161,8 @@ class Episode:
         option = self.rules.option
         if not isinstance(observation, tuple) or not 1 <= len(observation) <= 3:
             raise ConfigError(f"{option}: step gave {_shown(observation)}: give Observation(messages, reward, done)")
-        observation = Observation(*observation)
+        messages, *numbers = Observation(*observation)
+        observation = Observation(messages, *map(plain_number, numbers))
         if not _is_finite(observation.reward):
             raise ConfigError(f"{option}: step gave the reward {_shown(observation.reward)}: give a finite number")
         if not isinstance(observation.done, bool | np.bool_ | int) or observation.done not in (True, False):
@@ -174,7 +175,7 @@ class Episode:
         if self.is_text != isinstance(messages, str):
             kinds = ("a text", "messages") if self.is_text else ("messages", "a text")
             raise ConfigError(f"{option}: reset gave {kinds[0]}, and step {kinds[1]}: give the same")
-        turns = messages if self.is_text else _parsed(messages)
+        turns = _text(messages) if self.is_text else _parsed(messages)
         if not turns or (not self.is_text and any(turn["role"] == "assistant" for turn in turns)):
             raise ConfigError(f"{option}: step gave {_shown(messages)}: give messages of the user or of tools")
         return observation._replace(messages=turns)
@@ -192,6 +193,8 @@ class Episode:
         option = self.rules.option
         with OneLineErrors(f"{option}: metrics"):
             own = getattr(self.environment, "metrics", dict)()
+        if isinstance(own, Mapping):
+            own = {name: plain_number(value) for name, value in own.items()}
         if not isinstance(own, Mapping) or not all(map(_is_number, own.values())):
             raise ConfigError(f"{option}: metrics gave {_shown(own)}: give numbers by name")
         if taken := sorted(TAKEN & own.keys()):
@@ -209,6 +212,11 @@ def _parsed(value: object) -> list[Message]:
         return parse_messages(value, Place("environment", 1))
     except DataError:
         return []
+
+
+def _text(value: str) -> str:
+    """A text, or none for half of a surrogate pair, which has no tokens."""
+    return value if value == value.encode("utf-8", "replace").decode() else ""
 
 
 def _is_number(value: object) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from genai_pl.data.tool_calls import Call
 from genai_pl.data.tool_schemas import Schema, function_schema
-from genai_pl.environments.user_code import within
+from genai_pl.environments.user_code import one_line, within
 from genai_pl.errors import ConfigError
 
 
@@ -44,8 +44,8 @@ class Tools:
             return as_text(await within(self.timeout, lambda: function(**call.arguments), is_async=is_async)), True
         except (TimeoutError, asyncio.TimeoutError):
             return f"error: {call.name} gave no answer within {self.timeout:g} seconds", False
-        except Exception as error:  # of the tool, for the model to read
-            return f"error: {call.name}: {' '.join(str(error).split()) or type(error).__name__}", False
+        except (Exception, asyncio.CancelledError) as error:  # of the tool, for the model to read
+            return f"error: {call.name}: {one_line(error) or type(error).__name__}", False
 
 
 def as_text(result: object) -> str:
@@ -54,7 +54,12 @@ def as_text(result: object) -> str:
     >>> as_text("a"), as_text({"b": [1, None]})
     ('a', '{"b": [1, null]}')
     """
-    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=_plain)
+    text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=_plain)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is no text") from None
+    return text
 
 
 def _plain(value: object) -> object:

@@ -67,7 +67,9 @@ async def within(seconds: float, function: Callable[[], object], *, is_async: bo
         result, raised = None, None
         try:
             result = function()
-        except Exception as error:
+        except StopIteration as error:  # which no future takes
+            raised = RuntimeError(f"StopIteration {error}".strip())
+        except (Exception, asyncio.CancelledError) as error:
             raised = error
         except SystemExit as error:
             raised = RuntimeError(f"it ended with status {error.code}")
@@ -75,6 +77,28 @@ async def within(seconds: float, function: Callable[[], object], *, is_async: bo
 
     threading.Thread(target=work, name="tool", daemon=True).start()
     return await asyncio.wait_for(future, seconds)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception in one line; half a surrogate pair, which nothing can print, as its escape.
+
+    >>> one_line(ValueError("a\\nb"))
+    'a b'
+    """
+    return " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+
+
+def plain_number(value: object) -> object:
+    """A number of numpy or torch, or an array of one, as Python's; anything else as it is.
+
+    >>> plain_number(__import__("numpy").float32(0.5)), plain_number("a")
+    (0.5, 'a')
+    """
+    item = getattr(value, "item", None)
+    try:
+        return item() if callable(item) else value
+    except (TypeError, ValueError, RuntimeError):  # an array of several
+        return value
 
 
 class OneLineErrors:
@@ -90,10 +114,11 @@ class OneLineErrors:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, Exception | SystemExit) or isinstance(error, UserError):
+        # no one else cancels user code: a client of its own did
+        if not isinstance(error, Exception | SystemExit | asyncio.CancelledError) or isinstance(error, UserError):
             return
         place = traceback.extract_tb(trace)[-1]
-        message = " ".join(str(error).split()) or "without a message"
+        message = one_line(error) or "without a message"
         raise ConfigError(
             f"{self.option}: raised {kind.__name__}, {message} ({Path(place.filename).name}, line {place.lineno})"
         ) from None

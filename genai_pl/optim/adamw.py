@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from genai_pl.optim.checks import check
+from genai_pl.optim.checks import check, choose
 from genai_pl.optim.groups import NamedParameters, decay_groups
+from genai_pl.optim.narrow_adam import KINDS, NarrowAdam, widened
 
 
 def adamw(
@@ -16,7 +17,8 @@ def adamw(
     eps: float,
     weight_decay: float,
     fused: bool | None = None,
-) -> torch.optim.AdamW:
+    moments: str | None = None,
+) -> torch.optim.Adam:
     """AdamW, whose decay of lr * weight_decay per step stays out of the moments (Loshchilov and Hutter 2019).
 
     named_parameters: pairs of name and parameter; matrices decay, vectors do not (`decay_groups`)
@@ -24,8 +26,9 @@ def adamw(
     betas: decay of first and second moments
     eps: added to the root of the second moment
     fused: whether to use torch's fused kernel; None: where it can step these parameters
+    moments: fp32, bf16 or int8, in which moments are kept; None: the dtype of the weights
     """
-    return _build(torch.optim.AdamW, named_parameters, lr, betas, eps, weight_decay, fused)
+    return _build(torch.optim.AdamW, named_parameters, lr, betas, eps, weight_decay, fused, moments)
 
 
 def adam(
@@ -36,9 +39,10 @@ def adam(
     eps: float,
     weight_decay: float,
     fused: bool | None = None,
+    moments: str | None = None,
 ) -> torch.optim.Adam:
     """Adam, whose decay is part of the gradient: grad + weight_decay * weight (Kingma and Ba 2015)."""
-    return _build(torch.optim.Adam, named_parameters, lr, betas, eps, weight_decay, fused)
+    return _build(torch.optim.Adam, named_parameters, lr, betas, eps, weight_decay, fused, moments)
 
 
 def has_fused_kernel(named_parameters: NamedParameters) -> bool:
@@ -60,14 +64,25 @@ def _build(
     eps: float,
     weight_decay: float,
     fused: bool | None,
+    moments: str | None,
 ) -> torch.optim.Adam:
     """The optimizer of either kind, with checked options, decay groups and a decision about the fused kernel per group."""
     check("optimizer", lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    if moments is not None:
+        choose("optimizer.moments", moments, dict.fromkeys(KINDS))
     groups = decay_groups(named_parameters, weight_decay)
+    dtypes = {parameter.dtype for group in groups for _, parameter in group["params"]}
     for group in groups:
         group["fused"] = has_fused_kernel(group["params"]) if fused is None else fused
     # a tuple, since the list class of OmegaConf would make checkpoints unreadable with weights_only=True
-    optimizer = kind(groups, lr=lr, betas=tuple(betas), eps=eps)
+    options = {"lr": lr, "betas": tuple(betas), "eps": eps}
+    if moments is None or (moments == "fp32" and dtypes == {torch.float32}):
+        optimizer = kind(groups, **options)
+        optimizer.register_load_state_dict_pre_hook(lambda _, state: widened(state))  # of a run with moments in 8 bits
+    else:
+        optimizer = NarrowAdam(
+            groups, kind=moments, **options, decoupled_weight_decay=issubclass(kind, torch.optim.AdamW)
+        )
     # A fused step would unscale fp16 gradients itself, after clipping has seen them scaled; Lightning refuses to clip
     # then, in bf16 too. Let GradScaler unscale first, as for every other optimizer.
     optimizer._step_supports_amp_scaling = False

@@ -25,6 +25,7 @@ from genai_pl.models.experts import Experts
 from genai_pl.models.flops import multiplied
 from genai_pl.models.transformer import Transformer
 from genai_pl.optim.muon import is_hidden_matrix
+from genai_pl.optim.narrow_adam import moment_bytes
 from genai_pl.planning.activation_memory import ResultBytes, saved_tensor_bytes
 from genai_pl.planning.cost_model import Layout
 from genai_pl.strategies import kept_operations, recompute
@@ -230,8 +231,14 @@ def largest_gradient(model: Model) -> int:
     return max(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def moments(optimizer: str, model: Model) -> float:
-    """Numbers of optimizer state per trained weight."""
+def moments(optimizer: str, model: Model, kind: str | None = None, *, weight_bytes: int = 4) -> float:
+    """Numbers of optimizer state per trained weight, as wide as a weight.
+
+    kind: of `optimizer.moments`; int8 adds a scale of four bytes per block of a row, and keeps small weights in float32
+    """
+    if kind is not None:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return sum(moment_bytes(p, kind) for p in trained) / sum(p.numel() for p in trained) / weight_bytes
     if optimizer != "muon":
         return MOMENTS.get(optimizer, 2.0)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -50,12 +50,18 @@ class TextLabeller(TextScorer):
         logits = await self._run_slices(label_slices(self.model, rows), adapter)
         return probabilities(logits, self.labels), sum(map(len, rows["input_ids"]))
 
-    async def rerank(self, query: str, documents: Sequence[str], adapter: str | None = None) -> tuple[Tensor, int]:
-        """(relevance (N,) of N documents to a query, tokens read); ApiError 400 for a model that has none."""
+    async def relevance(
+        self, queries: Sequence[str], documents: Sequence[str], adapter: str | None = None
+    ) -> tuple[Tensor, int]:
+        """(relevance (N,) of N documents, each to its query, tokens read); ApiError 400 for a model that has none."""
         labels = self.labels
         if labels is None or len(labels.names) != 1 or (labels.problem_type == REGRESSION and not labels.pairs):
-            raise ApiError(400, f"{self.service.name} gives no relevance: /rerank is for models of objective=rerank")
-        scores, n_tokens = await self.classify([query] * len(documents), documents, adapter)
+            problem = (
+                f"{self.service.name} gives no relevance: /rerank and /v1/score are for models of objective=rerank"
+            )
+            other = "; texts after a prompt have scores at /score" if labels is None else ""
+            raise ApiError(400, problem + other)
+        scores, n_tokens = await self.classify(queries, documents, adapter)
         return scores[:, 0], n_tokens
 
     async def _encode_rows(

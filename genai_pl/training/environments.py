@@ -2,9 +2,9 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import partial
 
 from genai_pl.environments import SHIPPED
+from genai_pl.environments.user_code import OneLineErrors, one_line
 from genai_pl.errors import ConfigError, UserError
 from genai_pl.training.named_objects import named_object
 
@@ -29,12 +29,30 @@ def load_environment(name: str, arguments: Mapping[str, object]) -> Callable[[],
     except UserError:  # an error of ours says it all
         raise
     except Exception as error:  # of a user's constructor
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"objective.environment_args: {name} takes {_arguments(make)} ({reason})") from None
+        _check_binds(make, arguments, name)
+        reason = f"raised {type(error).__name__}, {one_line(error) or 'without a message'}"
+        raise ConfigError(f"objective.environment_args: {name}({_given(arguments)}) {reason}") from None
     missing = [method for method in ("reset", "step") if not callable(getattr(environment, method, None))]
     if missing:
         raise ConfigError(f"{option}: has no {' and no '.join(missing)}; docs/alignment.md#environments shows one")
-    return partial(make, **arguments)
+
+    def one() -> object:
+        with OneLineErrors(option):
+            return make(**arguments)
+
+    return one
+
+
+def _check_binds(make: Callable[..., object], arguments: Mapping[str, object], name: str) -> None:
+    """ConfigError for arguments that a class does not take."""
+    try:
+        inspect.signature(make).bind(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"objective.environment_args: {name} takes {_arguments(make)} ({one_line(error)})") from None
+
+
+def _given(arguments: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
 def _arguments(make: Callable[..., object]) -> str:

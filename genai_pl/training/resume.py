@@ -23,7 +23,6 @@ from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.object_storage import refuse_remote
 from genai_pl.ranks import is_first_process
 from genai_pl.training.default_optimizer import with_default_optimizer
-from genai_pl.training.fetched_run import with_fetched_run
 from genai_pl.training.sweeps import replay_sweep
 from genai_pl.training.trust import PER_COMMAND, check_links, key_of, read_overrides, trusted_overrides, value_of
 
@@ -54,7 +53,9 @@ def replay(arguments: list[str]) -> list[str]:
     if reference in ("null", "None", ""):
         _check_folder_unused(arguments)
         return with_default_optimizer(arguments)
-    # a run whose copy is in object storage becomes a folder here
+    # a run whose copy is in object storage becomes a folder here; imported late, as it knows checkpoints
+    from genai_pl.training.fetched_run import with_fetched_run
+
     reference, arguments = with_fetched_run(reference, arguments)
     # a sweep goes on as a whole, job by job
     if {"-m", "--multirun"} & set(arguments):

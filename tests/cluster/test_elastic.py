@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,18 +14,20 @@ from tests.strategies.processes import MODEL, assert_equal_to_the_last_bit, tabl
 
 pytestmark = pytest.mark.slow
 STEPS = 40
+FORGOTTEN = 12  # seconds after which the meeting knows that a node is lost: three keep-alives of 2 s, and time to spare
 LENGTH = (f"trainer.max_steps={STEPS}", "callbacks.checkpoint.every_n_steps=2")
 
 
 class Node:
     """An agent of torchrun with one process.
 
-    folder: of the run. nodes: as of --nnodes. port: of the meeting, which is at the first node
+    folder: of the run. nodes: as of --nnodes. port: of the meeting, which is at the node called first
     """
 
     def __init__(self, folder: Path, *options: str, nodes: str, port: int, name: str) -> None:
         meeting = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic")
         waiting = "--rdzv-conf=join_timeout=600,last_call_timeout=5,keep_alive_interval=2,keep_alive_max_attempt=3"
+        waiting += f",is_host={name == 'first'}"  # both addresses are this machine's: else the one that comes first is it
         agent = ("-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc-per-node=1", "--max-restarts=9")
         with (folder / f"{name}.log").open("ab") as log:
             self.agent = subprocess.Popen(
@@ -40,7 +43,7 @@ class Node:
                     *options,
                 ],
                 cwd=folder,
-                env=PLAIN,
+                env={**PLAIN, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # a node that comes in later: see docs/scaling.md
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -74,6 +77,7 @@ def test_a_node_that_leaves_and_comes_back_changes_no_bit(folder: Path) -> None:
     first, second = (Node(folder, *words, **options, name=name) for name in ("first", "second"))
     wait_until(lambda: last_step(run) >= 5, "step 5", seconds=900)
     second.lose()
+    time.sleep(FORGOTTEN)
     again = Node(folder, *words, **options, name="again")
     end(folder, first, again)
     assert "resuming " in (run / "train.log").read_text()

@@ -2,13 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from genai_pl.data.chat_template import ChatTemplate
@@ -229,7 +230,7 @@ class Wrong(Environment):
         self.gives = gives
 
     def step(self, completion: str) -> object:
-        if isinstance(self.gives, Exception):
+        if isinstance(self.gives, BaseException):
             raise self.gives
         return self.gives
 
@@ -249,11 +250,40 @@ class Wrong(Environment):
         (Observation("more"), "reset gave messages, and step a text"),
         (Observation([answer("I said.")]), "give messages of the user or of tools"),
         (ValueError("bad\nluck"), r"step: raised ValueError, bad luck \(test_episode.py, line \d+\)"),
+        (ValueError("\ud83d"), r"step: raised ValueError, \\ud83d"),
+        (asyncio.CancelledError(), "step: raised CancelledError, without a message"),
+        (Observation([user("\ud83d")]), "give messages of the user or of tools"),
     ],
 )
 def test_what_an_environment_gives_wrongly_is_one_line(gives: object, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         play(Wrong(gives), chat_tokenizer(), {"prompt": [user("Hi")]}, "Hello.<|im_end|>")
+
+
+def test_halves_of_surrogate_pairs_in_texts_of_a_game_are_one_line() -> None:
+    def reset(row: Mapping[str, object]) -> str:
+        return row["prompt"]
+
+    game = SimpleNamespace(reset=reset, step=lambda completion: Observation("\ud83d"))
+    with pytest.raises(ConfigError, match=r"reset gave '.ud83d': give messages, or a text"):
+        play(game, chat_tokenizer(), {"prompt": "\ud83d"})
+    with pytest.raises(ConfigError, match=r"step gave '.ud83d': give messages of the user"):
+        play(game, chat_tokenizer(), {"prompt": "Hi"}, "Hello.")
+
+
+@pytest.mark.parametrize("number", [np.array, torch.tensor, lambda x: np.array([x])])
+def test_numbers_of_numpy_and_torch_are_rewards_and_metrics(number: Callable[[float], object]) -> None:
+    class Numbers(Environment):
+        def step(self, completion: str) -> Observation:
+            return Observation(reward=number(0.5), done=number(True))
+
+        def metrics(self) -> Mapping[str, object]:
+            return {"half": number(0.5), "one": np.float32(1)}
+
+    episode = play(Numbers(), chat_tokenizer(), {"prompt": [user("Hi")]}, "Hello.<|im_end|>")
+    assert episode.rewards == [0.5]
+    assert episode.done
+    assert episode.metrics()["half"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -315,7 +345,9 @@ def test_numbers_of_an_environment_are_numbers_under_names_of_their_own(metrics:
 
 
 @pytest.mark.parametrize(
-    "result", [b"\xff", object(), {(1, 2): 3}, [object()]], ids=["bytes", "object", "key", "in a list"]
+    "result",
+    [b"\xff", object(), {(1, 2): 3}, [object()], "\ud83d", ["\ud83d"]],
+    ids=["bytes", "object", "key", "in a list", "half a pair", "half a pair in a list"],
 )
 def test_a_result_that_is_no_text_is_an_error_that_the_model_reads(result: object) -> None:
     def look() -> str:
@@ -327,6 +359,33 @@ def test_a_result_that_is_no_text_is_an_error_that_the_model_reads(result: objec
     assert not worked
     assert text.startswith("error: look: ")
     assert "0x" not in text
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (StopIteration(), "StopIteration"),
+        (asyncio.CancelledError(), "CancelledError"),
+        (ValueError("\ud83d"), "\\ud83d"),
+    ],
+)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_whatever_a_tool_raises_is_what_the_model_reads_at_once(error: Exception, told: str, is_async: bool) -> None:
+    def look() -> str:
+        """Look."""
+        raise error
+
+    async def look_later() -> str:
+        """Look."""
+        raise error
+
+    function = look_later if is_async else look
+    tools = Tools([function], option="objective.environment=e:E", timeout=60.0)
+    [(text, worked)] = run_all([tools.run(Call(function.__name__, {}))])
+    assert not worked
+    assert text.startswith(f"error: {function.__name__}: ")
+    assert told in text
+    text.encode()
 
 
 def test_numbers_of_numpy_and_dates_are_results() -> None:

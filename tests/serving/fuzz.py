@@ -92,6 +92,7 @@ BODIES: dict[str, list[dict]] = {
     "/detokenize": [{"tokens": [72, 101]}],
     "/classify": [{"input": ["a", "b"]}, {"input": "a", "text_pair": "b"}, {"input": [[72, 101]]}],
     "/rerank": [{"query": "tea", "documents": ["a", {"text": "b"}], "top_n": 1, "return_documents": False}],
+    "/v1/score": [{"text_1": "tea", "text_2": ["a", "b"]}, {"queries": ["a", "b"], "documents": ["c", "d"]}],
     "/admin/adapters": [{"name": "polite", "path": "polite"}, {"name": "kind", "path": "polite"}],
 }
 BODIES |= dict.fromkeys(("/v1/rerank", "/v2/rerank"), BODIES["/rerank"])

@@ -83,6 +83,30 @@ def test_rerank_answers_as_jina_with_the_most_relevant_document_first(tmp_path: 
     assert reply["usage"]["total_tokens"] == sum(len("q") + len(document) for document in documents)
 
 
+def test_scores_of_pairs_answer_as_vllm_in_the_order_of_the_request(tmp_path: Path) -> None:
+    folder = classifier(tmp_path / "model", Labels(("relevance",), pairs=True))
+    with serving(make_service(folder)) as client:
+        many = client.post("/v1/score", json={"text_1": "q", "text_2": ["one", "two two"]}).json()
+        pairs = client.post("/v1/score", json={"queries": ["a", "b"], "documents": ["one", "two two"]}).json()
+        alone = client.post("/v1/score", json={"text_1": "q", "text_2": "one"}).json()
+        for body, message in (
+            ({"text_1": ["a", "b"], "text_2": ["c"]}, "2 texts in text_1 for 1 in text_2"),
+            ({"text_1": "a", "text_2": ["c"], "top_n": 1}, "top_n: no such option"),
+            ({"text_1": "a"}, "text_2: Field required"),
+        ):
+            refused = client.post("/v1/score", json=body)
+            assert (refused.status_code, message in refused.json()["error"]["message"]) == (422, True), refused.text
+    for reply, expected in (
+        (many, [("q", "one"), ("q", "two two")]),
+        (pairs, [("a", "one"), ("b", "two two")]),
+        (alone, [("q", "one")]),
+    ):
+        assert (reply["object"], [entry["index"] for entry in reply["data"]]) == ("list", [*range(len(expected))])
+        scores = [theirs(folder, *pair).sigmoid().item() for pair in expected]
+        assert [entry["score"] for entry in reply["data"]] == pytest.approx(scores, abs=1e-5)
+        assert reply["usage"]["total_tokens"] == sum(len(a) + len(b) for a, b in expected)
+
+
 def test_a_regression_of_single_texts_is_no_relevance(tmp_path: Path) -> None:
     with serving(make_service(classifier(tmp_path / "model", Labels(("stars",), REGRESSION)))) as client:
         refused = client.post("/rerank", json={"query": "q", "documents": ["d"]})

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,27 @@ def test_calls_of_tools_are_run_and_the_answer_is_scored(command, tmp_path: Path
         assert {float(row[f"objective/{name}"]) for row in rows} == {value}, name
     assert [float(row["policy/ratio"]) for row in rows] == pytest.approx([1.0] * len(rows), abs=1e-6)
     assert "tool\n" in result.out + result.err  # the printed episodes show what the tool answered
+
+
+def test_a_constructor_that_raises_is_one_line_at_first_and_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("places.py").write_text(
+        "class Places:\n    left = 1\n    def __init__(self, n=1):\n        Places.left -= n\n"
+        "        if Places.left < 0:\n            raise ValueError('no place left')\n"
+        "    def reset(self, row):\n        return 'Hi'\n    def step(self, completion):\n        return ('', 0.0, True)\n"
+    )
+    with pytest.raises(
+        ConfigError, match=r"environment_args: places.py:Places\(n=2\) raised ValueError, no place left"
+    ):
+        load_environment("places.py:Places", {"n": 2})
+    sys.modules["places"].Places.left = 1
+    make = load_environment("places.py:Places", {})
+    with pytest.raises(
+        ConfigError, match=r"environment=places.py:Places: raised ValueError, no place left \(places.py"
+    ):
+        make()
 
 
 @pytest.mark.parametrize(

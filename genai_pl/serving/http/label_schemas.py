@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AliasChoices, BaseModel, Field, model_validator
 
 from genai_pl.serving.http.messages import Text
 from genai_pl.serving.http.schemas import Body, Inputs, Tokens
@@ -103,3 +103,44 @@ class RerankAnswer(BaseModel):
     model: str
     usage: LabelUsage
     results: list[RankedDocument]
+
+
+class PairScoreBody(Body):
+    """Body of POST /v1/score: one text or several, each with its second text; one first text goes with all second ones."""
+
+    text_1: Text | Texts = Field(validation_alias=AliasChoices("text_1", "queries"), description="also queries")
+    text_2: Text | Texts = Field(validation_alias=AliasChoices("text_2", "documents"), description="also documents")
+    model: Text | None = None
+
+    @property
+    def pairs(self) -> tuple[list[str], list[str]]:
+        """First and second texts (N each)."""
+        first = [self.text_1] if isinstance(self.text_1, str) else self.text_1
+        second = [self.text_2] if isinstance(self.text_2, str) else self.text_2
+        return first * len(second) if len(first) == 1 else first, second
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> "PairScoreBody":
+        first, second = self.pairs
+        if len(first) != len(second):
+            raise ValueError(f"{len(first)} texts in text_1 for {len(second)} in text_2: give one, or as many")
+        return self
+
+
+class PairScore(BaseModel):
+    """Relevance of the second text of a pair to the first."""
+
+    index: int
+    object: str = "score"
+    score: float
+
+
+class PairScoreAnswer(BaseModel):
+    """Answer of POST /v1/score."""
+
+    id: str
+    object: str = "list"
+    created: int
+    model: str
+    data: list[PairScore]
+    usage: LabelUsage

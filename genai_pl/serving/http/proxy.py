@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from genai_pl.serving.errors import ApiError, documented, json_response
-from genai_pl.serving.http.label_schemas import ClassifyBody, RerankBody
+from genai_pl.serving.http.label_schemas import ClassifyBody, PairScoreBody, RerankBody
 from genai_pl.serving.http.schemas import (
     SAMPLING_FIELDS,
     Body,
@@ -79,6 +79,11 @@ def proxy_routes(upstream: Upstream) -> APIRouter:
     async def rerank(body: RerankBody, request: Request) -> Response:
         """Documents in the order of their relevance to a query."""
         return await forward(upstream, request, "rerank", body, stream=False)
+
+    @router.post("/v1/score", tags=["labels"])
+    async def score_pairs(body: PairScoreBody, request: Request) -> Response:
+        """Relevance of each second text to its first."""
+        return await forward(upstream, request, "score", body, stream=False)
 
     @router.post("/v1/classify", tags=["labels"])
     @router.post("/classify", tags=["labels"])
