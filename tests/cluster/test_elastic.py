@@ -27,7 +27,9 @@ class Node:
     def __init__(self, folder: Path, *options: str, nodes: str, port: int, name: str) -> None:
         meeting = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic")
         waiting = "--rdzv-conf=join_timeout=600,last_call_timeout=5,keep_alive_interval=2,keep_alive_max_attempt=3"
-        waiting += f",is_host={name == 'first'}"  # both addresses are this machine's: else the one that comes first is it
+        waiting += (
+            f",is_host={name == 'first'}"  # both addresses are this machine's: else the one that comes first is it
+        )
         agent = ("-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc-per-node=1", "--max-restarts=9")
         with (folder / f"{name}.log").open("ab") as log:
             self.agent = subprocess.Popen(
@@ -43,7 +45,10 @@ class Node:
                     *options,
                 ],
                 cwd=folder,
-                env={**PLAIN, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # a node that comes in later: see docs/scaling.md
+                env={
+                    **PLAIN,
+                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                },  # a node that comes in later: see docs/scaling.md
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
