@@ -152,6 +152,12 @@ def test_other_paths_and_methods_have_errors_of_the_same_shape(client) -> None:
         assert reply.json()["error"]["message"]
 
 
+def test_load_balancers_may_ask_for_the_head_alone(client) -> None:
+    for path in ("/health", "/ready"):
+        reply = client.head(path)
+        assert (reply.status_code, reply.content) == (client.get(path).status_code, b"")
+
+
 def test_the_description_names_every_option(client) -> None:
     schema = client.get("/openapi.json").json()
     fields = schema["components"]["schemas"]["GenerateBody"]["properties"]

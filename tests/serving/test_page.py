@@ -177,7 +177,10 @@ def test_what_goes_wrong_is_shown_and_keys_are_sent(page, tiny: Path) -> None:
     with serving(service, keys=("secret",)) as client:
         page.goto(str(client.base_url))
         page.wait_for_selector(".turn.error")
-        assert "give a key" in page.inner_text(".turn.error")
+        assert "asks for a key" in page.inner_text(".turn.error")
+        page.fill("#key", "secrets")
+        page.press("#key", "Tab")
+        page.wait_for_selector(".turn.error:has-text('does not know the key')")
         page.fill("#key", "secret")
         page.press("#key", "Tab")
         page.wait_for_selector("#model option", state="attached")

@@ -78,7 +78,7 @@ def finish_fields(answer: Answer, n_prompt: int) -> dict[str, object]:
 
 
 def state_routes(metrics: Metrics, refresh: Callable[[], None], ready: Callable[[], bool]) -> APIRouter:
-    """GET /health, /ready, /metrics and /, which need no key.
+    """GET /health, /ready (and HEAD), /metrics and /, which need no key.
 
     refresh: sets the gauges before they are read
     ready: False before the model can answer and once the server stops
@@ -86,11 +86,13 @@ def state_routes(metrics: Metrics, refresh: Callable[[], None], ready: Callable[
     router = APIRouter(tags=["state"])
 
     # for orchestrators and load balancers
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def health() -> dict[str, str]:
         """Liveness: the event loop answers."""
         return {"status": "ok"}
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready", responses=documented(503))
     async def is_ready() -> dict[str, str]:
         """Readiness: the model can answer, for load balancers."""
