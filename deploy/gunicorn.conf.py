@@ -26,7 +26,7 @@ worker_class = Worker
 wsgi_app = "genai_pl.serving.worker:create()"
 timeout = 300  # seconds without a sign of life: loading a large model is one long silence
 graceful_timeout = round(settings.drain) + 5
-keepalive = 5
+keepalive = 75
 
 
 def child_exit(server: object, worker: object) -> None:

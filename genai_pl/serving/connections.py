@@ -19,7 +19,9 @@ from genai_pl.serving.fair_queue import network
 log = logging.getLogger("genai_pl.serving")
 HEAD_SECONDS = 10.0  # for the head of a request to arrive, and for the rest of a body that is ignored
 READ_SECONDS = 60.0  # for a client to empty the send buffer, once it is full
-IDLE_SECONDS = 5  # keep-alive: between two requests of a connection
+# keep-alive, between two requests of a connection: longer than clients (httpx 5 s) and proxies (60 s) wait, because one that the
+# server closes while a request is on its way is an error there
+IDLE_SECONDS = 75
 MAX_CONNECTIONS = 4096
 OWN_FILES = 64  # descriptors for files, Redis and an upstream server
 LAST_SECONDS = 0.5  # after a signal to stop, for a request that is on its way on an idle connection

@@ -1,5 +1,6 @@
 """Files under deploy/: they agree with each other and with the server's options."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,19 @@ def test_the_manifests_fit_together_and_give_time_to_drain() -> None:
     assert {mount["name"] for mount in container["volumeMounts"]} == {
         volume["name"] for volume in pod["spec"]["volumes"]
     }
+
+
+def test_no_client_keeps_an_idle_connection_as_long_as_the_server() -> None:
+    import httpx
+
+    from genai_pl.serving.connections import IDLE_SECONDS
+
+    # of the official clients of OpenAI and Anthropic too, which are built on httpx
+    assert httpx.Limits().keepalive_expiry < IDLE_SECONDS
+    [proxy] = re.findall(r"keepalive_timeout (\d+)s;", (DEPLOY / "nginx.conf").read_text())
+    assert int(proxy) < IDLE_SECONDS
+    [worker] = re.findall(r"^keepalive = (\d+)", (DEPLOY / "gunicorn.conf.py").read_text(), flags=re.MULTILINE)
+    assert int(worker) == IDLE_SECONDS
 
 
 def test_paths_metrics_and_options_of_the_files_exist() -> None:
