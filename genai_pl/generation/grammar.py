@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# between two tokens of JSON: as json.dumps writes it, with or without indent. Without a bound a weak model, which finds blanks
-# likely after blanks, writes nothing else until its tokens are used up. `x-guidance` of a schema goes before it.
-JSON_WHITESPACE = r"( |\r?\n[ \t]{0,40})"
-
-
 class GrammarConstraint:
     """The set of tokens after which a text can still become one that the grammar accepts.
 
@@ -117,9 +112,7 @@ def build_constraint(
         raise ConfigError(f"{option} needs llguidance: pip install 'genai_pl[constrain]'") from None
     if json_schema is None:
         return GrammarConstraint(tokenizer, LLMatcher.grammar_from_regex(regex), option=option, ends=ends)
-    grammar = LLMatcher.grammar_from_json_schema(
-        _read_schema(json_schema), defaults={"whitespace_pattern": JSON_WHITESPACE}
-    )
+    grammar = LLMatcher.grammar_from_json_schema(_read_schema(json_schema))
     return GrammarConstraint(tokenizer, grammar, option=option, ends=ends)
 
 

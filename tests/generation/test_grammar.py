@@ -81,22 +81,6 @@ def test_json_is_what_the_schema_says(small_model, byte_tokenizer, form, tmp_pat
         assert value["n"] <= 99
 
 
-def test_blanks_between_values_are_bounded(byte_tokenizer):
-    """Whatever json.dumps writes is allowed, and no state lets blanks follow blanks for ever: a model that prefers them ends."""
-    schema = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "integer"}}}, "required": ["a"]}
-    constraint = build_constraint(byte_tokenizer, json_schema=json.dumps(schema), regex=None)
-    constraint.begin(300)
-    for indent in (None, 2, 4):
-        text = json.dumps({"a": [1, 23]}, indent=indent).encode()
-        assert all(constraint.allowed(list(text[:n]))[text[n]] for n in range(len(text)))
-    written = list(b"{")
-    for _ in range(100):
-        mask = constraint.allowed(written)
-        written += next(([blank] for blank in b"\n \t\r" if mask[blank]), [])
-    assert len(written) <= 42
-    assert constraint.allowed(written).nonzero()[:, 0].tolist() == list(b'"')
-
-
 def test_the_constraint_begins_after_the_prefix(small_model, byte_tokenizer):
     config = GenerationConfig(max_new_tokens=20, regex=PATTERN, prefix="It is ", temperature=0)
     [[text]] = generate_text(small_model(), byte_tokenizer, ["x"], config)
