@@ -46,7 +46,7 @@ MANY = 64  # rows at most of a compiled product (as in the source)
 FEW = 16  # the same where torch's products of matrices have instructions for 16 bits
 SMALL = 1 << 16  # weights of a matrix that one thread reads before a second one has begun
 CACHED = 1 << 17  # weights that are widened at a time for a product of many rows
-BUILD_SECONDS = 180  # of a busy machine; 5 on an idle one
+BUILD_SECONDS = 180  # of a busy machine; 8 on an idle one
 # what C reads and writes: whatever torch.set_default_dtype and set_default_device say, perhaps in another thread
 FLOATS = {"dtype": torch.float32, "device": "cpu"}
 

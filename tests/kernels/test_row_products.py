@@ -179,7 +179,16 @@ def test_the_library_is_built_once_and_found_again(
 
 
 @built
-@pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "writable by others", "in a folder of others"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "cut",
+        *(  # each takes two builds
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("empty", "zeros", "writable by others", "in a folder of others")
+        ),
+    ],
+)
 def test_a_library_that_others_wrote_or_that_is_damaged_is_built_again(
     damage: str, fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
