@@ -14,11 +14,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from genai_pl.config.enums import AttentionKind, Position
+from genai_pl.config.enums import AttentionKind
 from genai_pl.distributed.dtensor import is_dtensor
 from genai_pl.kernels import positions_from_segments
 from genai_pl.kernels.attention import log_once
 from genai_pl.models import Decoder
+from genai_pl.models.fused_decode import POSITIONS
 from genai_pl.models.kv_cache import KVCache
 
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
@@ -26,7 +27,6 @@ Clock = Callable[[Callable[[], object]], float]
 
 WORTH = 32  # steps: recording takes the time of some
 WARM_UP = 3  # calls before one is recorded: kernels are compiled and chosen
-POSITIONS = (Position.rotary, Position.learned, Position.sinusoidal)  # that are no distances between columns
 
 
 def record_graph(run: Callable[[], None]) -> Callable[[], None]:
