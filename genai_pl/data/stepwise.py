@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 from genai_pl.config.labels import STEP_LABELS, Labels
 from genai_pl.data import sources
 from genai_pl.data.columns import Place, parse_degree, parse_list, parse_text, refuse
+from genai_pl.data.formats import TOOLS, parse_prompt
 from genai_pl.data.messages import message_texts
-from genai_pl.data.messages_datamodule import TOOLS, MessagesDataModule, parse_prompt, tools_argument
+from genai_pl.data.messages_datamodule import MessagesDataModule, tools_argument
 from genai_pl.data.prompt_tokens import Messages, Tools, encode_prompts
 from genai_pl.data.records import Record
 from genai_pl.data.table_datamodule import TableDataModule, as_arrays
