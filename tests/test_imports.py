@@ -32,6 +32,13 @@ def test_models_and_objectives_import_neither_dynamo_nor_lightning_nor_a_kernel_
     }
 
 
+def test_serving_and_generating_import_no_trainer() -> None:
+    commands = ("genai_pl.serving.worker", "genai_pl.cli.generate")
+    modules, errors = imported(f"import {', '.join(commands)}")
+    assert not errors
+    assert modules.isdisjoint((*LARGE, "torch._dynamo", "torch._inductor"))
+
+
 @pytest.mark.parametrize(
     ("argument", "line"),
     [("--help", ""), ("model.n_layr=1", "error: model.n_layr: no such option, did you mean n_layer?")],
