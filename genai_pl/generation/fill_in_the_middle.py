@@ -44,7 +44,7 @@ FORMATS = (
     FimFormat("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
     FimFormat("▁<PRE>", "▁<SUF>", "▁<MID>", ends=LLAMA),  # Code Llama
     FimFormat("<PRE>", "<SUF>", "<MID>", ends=LLAMA),  # the same without its SentencePiece spaces
-    FimFormat("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek
+    FimFormat("<\uff5cfim▁begin\uff5c>", "<\uff5cfim▁hole\uff5c>", "<\uff5cfim▁end\uff5c>"),  # DeepSeek
     FimFormat("[SUFFIX]", "[PREFIX]", suffix_first=True),  # Codestral
     FimFormat("<[fim-suffix]>", "<[fim-prefix]>", "<[fim-middle]>", suffix_first=True),  # Seed-Coder
 )

@@ -24,8 +24,8 @@ DOCUMENTED = {
         "<fim-prefix>{prefix}<fim-suffix>{suffix}<fim-middle>",
     ),
     "deepseek-coder": (
-        ["<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"],
-        "<｜fim▁begin｜>{prefix}<｜fim▁hole｜>{suffix}<｜fim▁end｜>",
+        ["<\uff5cfim▁hole\uff5c>", "<\uff5cfim▁begin\uff5c>", "<\uff5cfim▁end\uff5c>"],
+        "<\uff5cfim▁begin\uff5c>{prefix}<\uff5cfim▁hole\uff5c>{suffix}<\uff5cfim▁end\uff5c>",
     ),
     "seed-coder": (
         ["<[fim-prefix]>", "<[fim-suffix]>", "<[fim-middle]>"],
