@@ -4,7 +4,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,18 +106,24 @@ class Sweep(NamedTuple):
             assert_equal_to_the_last_bit(self.path / str(n), expected / str(n))
 
 
-def sweep(name: str, folder: Path, environment: dict[str, str], *launcher: str, python: str = sys.executable) -> Sweep:
-    """A sweep of eight jobs, which is going on."""
+@contextmanager
+def sweep(name: str, folder: Path, environment: dict[str, str], *launcher: str) -> Iterator[Sweep]:
+    """A sweep of eight jobs, which is going on; its launcher ends with the context."""
     grid = ("optimizer.lr=1e-3,3e-3", "seed=1,2,3,4", "trainer.max_steps=60", "callbacks.checkpoint.every_n_steps=5")
-    command = [python, TRAIN[1], "-m", *OPTIONS, "strategy=auto", *grid, *launcher, f"hydra.sweep.dir={name}"]
+    command = [*TRAIN, "-m", *OPTIONS, "strategy=auto", *grid, *launcher, f"hydra.sweep.dir={name}"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return Sweep(folder / name, subprocess.Popen(command, cwd=folder, env=environment, **streams))
+    with subprocess.Popen(command, cwd=folder, env=environment, **streams) as process:
+        try:
+            yield Sweep(folder / name, process)
+        finally:
+            if process.poll() is None:  # a test has failed
+                process.terminate()
 
 
 def undisturbed_sweep(folder: Path) -> Path:
     """The folder of the same sweep, one job after the other."""
     if not (folder / "undisturbed-sweep").exists():
-        done = sweep("undisturbed-sweep", folder, PLAIN)
-        out, _ = done.process.communicate(timeout=1800)
+        with sweep("undisturbed-sweep", folder, PLAIN) as done:
+            out, _ = done.process.communicate(timeout=1800)
         assert done.process.returncode == 0, out
     return folder / "undisturbed-sweep"

@@ -107,13 +107,13 @@ def test_a_run_longer_than_the_time_limit_is_the_undisturbed_one(cluster: Cluste
 
 def test_a_sweep_loses_a_node_and_no_job(cluster: Cluster, folder: Path) -> None:
     launcher = ("hydra/launcher=slurm", "hydra.launcher.options.time=10")
-    running = sweep("sweep", folder, environment(cluster), *launcher)
-    running.wait_for_checkpoints(3, seconds=600)
-    there = cluster.run("squeue", "--noheader", "--nodelist=node2", "--states=RUNNING", "--format=%K").split()
-    lost = {n for n in running.unfinished() if str(n) in there}
-    cluster.kill_node("node2")
-    wait_until(lambda: "down" in cluster.run("sinfo", "-hn", "node2", "-o", "%t"), "node2", seconds=60)
-    assert lost
-    assert lost <= set(running.unfinished())
-    cluster.start_node("node2")
-    running.check(undisturbed_sweep(folder), lost)
+    with sweep("sweep", folder, environment(cluster), *launcher) as running:
+        running.wait_for_checkpoints(3, seconds=600)
+        there = cluster.run("squeue", "--noheader", "--nodelist=node2", "--states=RUNNING", "--format=%K").split()
+        lost = {n for n in running.unfinished() if str(n) in there}
+        cluster.kill_node("node2")
+        wait_until(lambda: "down" in cluster.run("sinfo", "-hn", "node2", "-o", "%t"), "node2", seconds=60)
+        assert lost
+        assert lost <= set(running.unfinished())
+        cluster.start_node("node2")
+        running.check(undisturbed_sweep(folder), lost)
