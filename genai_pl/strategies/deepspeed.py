@@ -242,7 +242,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     def _link_moments(self) -> None:
         """Let each weight find its part of the moments.
 
-        The engine of stages 1 and 2 (0.19.8) does so once, after the step of the first group, when others have none yet.
+        The engine of stages 1 and 2 does so once, after the first group is stepped, when others have none yet (`findings/`).
         """
         engine = self.deepspeed_engine.optimizer
         if not self.zero_stage_3 and self._torch_optimizer.state:
