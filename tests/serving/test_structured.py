@@ -18,7 +18,7 @@ SCHEMA = {
     "required": ["name", "n"],
     "additionalProperties": False,
 }
-DENSE = {str(token): -100 for token in b" \n\t\r"}  # a random model would write spaces for ever
+DENSE = {str(token): -100 for token in b" \n\t\r"}  # blanks would be most of a random model's JSON
 AS_SCHEMA = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
 
 
@@ -75,6 +75,24 @@ def test_any_json_object_and_one_of_some_texts(ai) -> None:
         for seed in range(4):
             sampled = {**options, "temperature": 2.0, "seed": seed, "extra_body": form}
             assert ai.chat.completions.create(**sampled).choices[0].message.content in texts
+
+
+@pytest.mark.parametrize("liked", [" ", "\n", " \n\t\r"])
+def test_json_ends_although_blanks_are_the_likeliest(ai, liked: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["yes"]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    options = {"model": "tiny", "messages": HELLO, "max_tokens": 64, "temperature": 0}
+    options["logit_bias"] = dict.fromkeys(map(str, liked.encode()), 100)
+    [choice] = ai.chat.completions.create(response_format=form, **options).choices
+    assert (choice.finish_reason, json.loads(choice.message.content)) == ("stop", {"a": "yes"})
+    assert any(blank in choice.message.content for blank in liked)
+    chunks = ai.chat.completions.create(response_format=form, stream=True, **options)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == choice.message.content
 
 
 def test_a_token_can_be_all_there_is_or_never_be(ai) -> None:
