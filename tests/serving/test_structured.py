@@ -142,6 +142,15 @@ def test_two_forms_are_one_too_many(client) -> None:
     assert "response_format and guided_regex: give one of them" in reply.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("lengths", [{"min_tokens": 2}, {"ignore_eos": True}])
+def test_a_form_ends_an_answer_when_it_is_complete(client, lengths: dict) -> None:
+    reply = client.post("/v1/completions", json={"prompt": "x", "guided_regex": "a", **lengths})
+    assert reply.status_code == 422
+    assert reply.json()["error"]["message"] == f"{next(iter(lengths))} and guided_regex: give one of them"
+    plain = client.post("/v1/completions", json={"prompt": "x", "guided_regex": "a", "min_tokens": 0}).json()
+    assert plain["choices"][0]["text"] == "a"
+
+
 def test_without_the_library_a_form_is_refused_and_the_rest_goes_on(client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     body = {"messages": HELLO, "max_tokens": 2}
