@@ -39,6 +39,7 @@ from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.rate_limits import RateLimits
 from genai_pl.serving.response_cache import Cache, make_cache, model_hash
 from genai_pl.serving.settings import Settings
+from genai_pl.serving.settings_checks import check_answerable, check_names
 from genai_pl.serving.tokenize_threads import TokenizeThreads, encode_plain
 from genai_pl.serving.tracing import note_answer
 
@@ -70,6 +71,7 @@ class Service:
         self.tokenizer, self.path = loaded.tokenizer, loaded.path
         config = self.model.config
         self.name = settings.name or name_of(settings.checkpoint, loaded.path)
+        check_names(self.name, settings)
         self.context = min(settings.max_length or config.max_seq_len, config.max_seq_len)
         self.is_reward = is_reward_model(self.model)
         has_labels = config.head is Head.score and not self.is_reward
@@ -88,6 +90,7 @@ class Service:
             packed = CODES.get(settings.dtype)
             prepare_for_decoding(self.model, packed, rows=settings.slots)
         if config.writes:
+            check_answerable(settings, self.model, self.tokenizer)
             self.engine = Engine(
                 self.model,
                 self.tokenizer,
