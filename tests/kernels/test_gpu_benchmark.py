@@ -48,7 +48,7 @@ def test_the_first_case_of_every_stage_runs_and_is_right(stage: str, gpu, comman
         result = command("train", *line[2:])
         return SimpleNamespace(returncode=result.status, stdout=result.out, stderr=result.err)
 
-    monkeypatch.setattr(stages.subprocess, "run", in_this_process)
+    monkeypatch.setattr(stages, "subprocess", SimpleNamespace(run=in_this_process))
     every = stages.STAGES[stage]
     monkeypatch.setattr(stages, "STAGES", {stage: lambda given: islice(every(given), 1)})
     assert gpu.run_here(options(tmp_path, [stage]), stage) == 0
