@@ -1,4 +1,5 @@
 """OpenAI's Python client against the server: completions, chat, log-probabilities, usage and errors."""
+# ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import base64
 from collections.abc import Iterator
@@ -10,6 +11,10 @@ import torch
 
 openai = pytest.importorskip("openai", reason="needs pip install openai")
 pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
+
+from genai_pl.generation import encode_prompt
+from genai_pl.serving.http.echo import token_texts
+from tests.small_tokenizers import TOKENIZERS
 
 HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 
@@ -73,6 +78,30 @@ def test_logprobs_are_those_of_the_model(ai, theirs) -> None:
         assert chosen == pytest.approx(float(expected.max()), abs=1e-4)
         assert sorted(top.values(), reverse=True)[0] == pytest.approx(chosen)
         ids.append(int(expected.argmax()))
+
+
+def test_no_end_token_comes_before_min_tokens(ai, theirs) -> None:
+    model, tokenizer = theirs
+    eos, ids = tokenizer.eos_token_id, torch.tensor([list(b"Once")])
+    likely = {"sequence_bias": {(eos,): 100.0}, "do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+    options = {"model": "tiny", "prompt": "Once", "max_tokens": 12, "temperature": 0, "logit_bias": {str(eos): 100}}
+    for least, extra in [(1, {}), (5, {"min_tokens": 5}), (12, {"ignore_eos": True})]:
+        expected = model.generate(ids, min_new_tokens=0 if least == 1 else least, **likely)[0, 4:].tolist()
+        answer = ai.completions.create(**options, logprobs=0, extra_body={**extra, "return_tokens_as_token_ids": True})
+        assert answer.choices[0].logprobs.tokens == [f"token_id:{token}" for token in expected]
+        assert answer.usage.completion_tokens == len(expected)
+        assert answer.choices[0].finish_reason == ("length" if "ignore_eos" in extra else "stop")
+    chat = {"model": "tiny", "messages": HELLO, "max_tokens": 7, "logit_bias": {str(eos): 100}}
+    streamed = ai.chat.completions.create(
+        **chat, stream=True, stream_options={"include_usage": True}, extra_body={"ignore_eos": True}
+    )
+    assert list(streamed)[-1].usage.completion_tokens == 7
+    with pytest.raises(openai.UnprocessableEntityError, match=r"min_tokens=13: .* at most 12") as raised:
+        ai.completions.create(**options, extra_body={"min_tokens": 13})
+    assert raised.value.param == "min_tokens"
+    # a prompt that leaves less room than that: the context ends the answer
+    full = ai.completions.create(**{**options, "prompt": "x" * 120}, extra_body={"min_tokens": 12})
+    assert (full.choices[0].finish_reason, full.usage.completion_tokens) == ("length", 8)
 
 
 def test_the_chat_template_of_a_served_model_is_tried_once(tiny: Path, theirs, monkeypatch) -> None:
@@ -254,6 +283,36 @@ def test_an_echoed_prompt_has_its_log_probabilities(ai, theirs) -> None:
     assert len(whole.logprobs.tokens) == len(whole.logprobs.text_offset) == 12
     chunks = [c for chunk in ai.completions.create(**options, max_tokens=3, stream=True) for c in chunk.choices]
     assert "".join(chunk.text for chunk in chunks if chunk.index == 0) == whole.text
+
+
+def test_an_echoed_prompt_keeps_its_special_tokens(ai) -> None:
+    prompt = "One<|endoftext|>two"
+    [choice] = ai.completions.create(
+        model="tiny", prompt=prompt, echo=True, logprobs=0, temperature=0, max_tokens=2
+    ).choices
+    assert choice.text.startswith(prompt)
+    found = list(zip(choice.logprobs.text_offset, choice.logprobs.tokens, strict=True))[:7]
+    assert found == [(0, "O"), (1, "n"), (2, "e"), (3, "<|endoftext|>"), (16, "t"), (17, "w"), (18, "o")]
+
+
+@pytest.mark.parametrize("kind", ["byte", "byte_level_bpe", "sentencepiece_bpe"])
+@pytest.mark.parametrize(
+    "prompt", ["", "Hi", " two  spaces ", "naïve 日本", "a{end}", "a{end} b", "{start}Hi", "end \ufffd"]
+)
+def test_the_texts_of_an_echo_are_the_prompt(prompt: str, kind: str) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    prompt = prompt.format(start=tokenizer.bos_token or "", end=tokenizer.eos_token)
+    tokens = encode_prompt(tokenizer, prompt)
+    texts = token_texts(tokenizer, tokens, prompt)
+    assert len(texts) == len(tokens)
+    if kind == "sentencepiece_bpe" and prompt in (
+        "a</s> b",
+        "<s>Hi",
+    ):  # the tokenizer puts a space after a special token
+        prompt = prompt.replace(">", "> ")
+    assert "".join(texts) == prompt
+    if kind == "byte":  # ids say nothing of what was in front: all of them are spelled out
+        assert "".join(token_texts(tokenizer, tokens, tokens)) == (prompt or tokenizer.eos_token).removesuffix("\ufffd")
 
 
 @pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"echo": True, "suffix": "x"}, {"suffix": "x"}])

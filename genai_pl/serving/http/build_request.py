@@ -11,17 +11,25 @@ from genai_pl.generation import check_bias
 from genai_pl.serving.answer_streams import Answer
 from genai_pl.serving.engine.request import Request
 from genai_pl.serving.errors import ApiError
-from genai_pl.serving.http.schemas import SAMPLING_FIELDS, Sampling
+from genai_pl.serving.http.schemas import SAMPLING_FIELDS, OpenAISampling, Sampling
 from genai_pl.serving.service import Service
 
 
 def generation_config(
-    service: Service, body: Sampling, *, max_tokens: int | None, param: str, stop: Sequence[str], default: int | None
+    service: Service,
+    body: Sampling,
+    *,
+    max_tokens: int | None,
+    param: str,
+    stop: Sequence[str],
+    default: int | None,
+    ends: Sequence[str] = (),
 ) -> GenerationConfig:
     """The server's sampling settings, overridden by those of the body.
 
     max_tokens, param: the body's limit of new tokens, and the field that has it
     stop: stop strings, added to the server's
+    ends: further ones, of the form of the prompt
     default: new tokens if the body sets none; None for the server's limit
     Raises ApiError 422 for more tokens than the server generates, or a logit_bias outside the vocabulary.
     """
@@ -36,7 +44,21 @@ def generation_config(
             check_bias(config, service.model.config.vocab_size)
         except ConfigError as error:
             raise ApiError(422, str(error).removeprefix("generation."), param="logit_bias") from None
-    return replace(config, stop=[*config.stop, *stop])
+    return replace(config, stop=[*config.stop, *stop, *ends])
+
+
+def with_least_tokens(config: GenerationConfig, body: OpenAISampling) -> GenerationConfig:
+    """The config without end tokens in the first min_tokens, or in all of the answer with ignore_eos; ApiError 422 for too many.
+
+    A stop string ends an answer nevertheless. End tokens are left out, as in llama.cpp, where vLLM would draw one and go on.
+    """
+    least = config.max_new_tokens if body.ignore_eos else body.min_tokens
+    if least is None:
+        return config
+    if least > config.max_new_tokens:
+        most = f"an answer to this request has at most {config.max_new_tokens}"
+        raise ApiError(422, f"min_tokens={least}: {most}", param="min_tokens")
+    return replace(config, min_new_tokens=least)
 
 
 def deadline(service: Service, body: Sampling) -> float:
