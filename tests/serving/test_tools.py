@@ -137,6 +137,7 @@ def test_half_a_character_in_what_is_rendered_is_refused(play) -> None:
     [
         ("tool_choice", {"tool_choice": "perhaps"}),
         ("tool_choice", {"tool_choice": "required", "tools": []}),
+        ("tool_choice", {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}}),
         ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "other"}}}),
         (
             "tools.0.function",
@@ -153,7 +154,11 @@ def test_what_cannot_be_is_refused_by_name(param: str, options: dict, play) -> N
     assert raised.value.param == param
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+ADD = {"type": "function", "function": {"name": "add"}}
+ADD_ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [ADD]}}
+
+
+@pytest.mark.parametrize("choice", ["required", ADD, ADD_ALLOWED])
 def test_a_call_that_must_be_is_one_of_an_offered_tool(folder: Path, choice) -> None:
     pytest.importorskip("llguidance", reason="needs pip install -e '.[constrain]'")
     reference = {"$defs": {"small": {"type": "integer", "enum": [1, 2]}}, "type": "object", "required": ["a"]}
