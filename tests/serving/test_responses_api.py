@@ -3,7 +3,6 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,7 @@ pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 from genai_pl.serving.errors import ApiError
 from genai_pl.serving.http.messages import Message
 from genai_pl.serving.http.response_memory import ResponseMemory
-from tests.serving.fake import FakeEngine
-from tests.serving.servers import make_service, serving
+from tests.serving.fake import FakeEngine, playing
 from tests.serving.thinking import CALLS, THOUGHTS, write_thinking_model
 
 TOOL = {
@@ -43,15 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def play(folder: Path):
     """A client of a server whose fake engine generates the texts."""
-    with ExitStack() as stack:
-
-        def start(texts: list[str], reason: str = "stop"):
-            service = make_service(folder, cache=None)
-            service.engine = FakeEngine(texts, reason)
-            client = stack.enter_context(serving(service))
-            ai = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
-            return stack.enter_context(ai), service.engine
-
+    with playing(folder, lambda url: openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)) as start:
         yield start
 
 
