@@ -1,5 +1,7 @@
 """Devices and dtypes: the options `device` and `precision` as torch objects."""
 
+import os
+
 import torch
 
 from genai_pl.errors import ConfigError
@@ -59,3 +61,10 @@ def choose_device(name: str) -> torch.device:
     if device.type == "meta" or (device.type == "cpu" and device.index):
         raise ConfigError(f"device={name}: expected auto, cpu or cuda")
     return device
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Bytes of memory of a device; of the machine for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -49,6 +49,8 @@ def read_contents(path: Path) -> dict:
         reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
         if "weights_only" in str(error) or "Weights only" in str(error):
             reason = "it holds objects that are not data, and would run code to load"
+        if "mmap can only be used" in str(error):  # torch's advice is for a program
+            reason = "it is no file of torch.save's zip format, as checkpoints are"
         raise CheckpointError(f"{path}: refused, {reason}") from None
     # a checkpoint of this package, whose values are of the expected types and name no code
     if not isinstance(contents, dict) or MARK not in contents:

@@ -28,7 +28,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from genai_pl import signals
 from genai_pl.cli.option_help import HELP_FLAGS, help_text
-from genai_pl.cli.quoting import quote_argument
+from genai_pl.cli.quoting import check_flags, quote_argument
 from genai_pl.cli.schema import OPEN_MAPPINGS, SCHEMAS
 from genai_pl.config.redaction import redact, register_secret
 from genai_pl.errors import ConfigError, TrainingError, UserError, system_error, system_line
@@ -175,6 +175,7 @@ def command(
                 # the words as Hydra is to read them: modules first, for they may define resolvers
                 import_plugins(named=names_user_code(sys.argv[1:]))
                 sys.argv[1:] = [quote_argument(a) for a in prepare(sys.argv[1:])]
+                check_flags(sys.argv[1:])
                 check_choices(sys.argv[1:], CONF)
                 hydra_main()
             # errors of a user, by where they were raised: here, in Hydra, in the operating system

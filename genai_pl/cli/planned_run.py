@@ -4,7 +4,6 @@ Where a run reads data or weights, an estimate reads config.json and the checkpo
 tell, such as the steps of one pass, is left open.
 """
 
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +15,7 @@ from genai_pl.callbacks.monitor import peak_flops, products_dtype
 from genai_pl.checkpoints.file import MARK, read_contents
 from genai_pl.data import add_missing_tokens, byte_tokenizer, pretrained_tokenizer
 from genai_pl.data.tokenizer import tokenizer_from_files
+from genai_pl.devices import memory_bytes
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.loading import describe_gguf
 from genai_pl.models import ModelConfig
@@ -219,7 +219,7 @@ def plan_machine(config: DictConfig, layout: planning.Layout) -> planning.Machin
         shared_by = min(layout.devices, layout.per_node)
         measured = None if plan[rate] else peak_flops(torch.device("cpu"), products_dtype(precision.lightning)) / 1e12
         flops = (plan[rate] or measured) / shared_by
-        ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+        ram = memory_bytes(torch.device("cpu")) / 1e9
         memory = (plan.memory or ram) / shared_by
     else:
         flops, memory = plan[rate], plan.memory

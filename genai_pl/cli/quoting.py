@@ -7,7 +7,7 @@ Hydra would change them, because a comma-separated list there is a sweep.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -18,8 +18,13 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from genai_pl.cli.schema import SCHEMAS
+from genai_pl.errors import ConfigError
 from genai_pl.training.hydra_job import quote_for_hydra
 
+FLAGS = (  # Hydra's own
+    *("help", "hydra-help", "version", "cfg", "resolve", "package", "run", "multirun", "shell-completion"),
+    *("config-path", "config-name", "config-dir", "experimental-rerun", "info"),
+)
 VERBATIM_OPTIONS = (
     "prompt",
     "system",
@@ -124,3 +129,15 @@ def _options_of(*kinds: object) -> set[str]:
 
 TEXT_OPTIONS = _options_of(str) | set(UNTYPED_TEXT_OPTIONS)
 TEXT_LIST_OPTIONS = _options_of(list[str])
+
+
+def check_flags(arguments: Sequence[str]) -> None:
+    """ConfigError for `--name`, as other programs write options; Hydra's own flags pass."""
+    for n, word in enumerate(arguments):
+        name, _, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not name or any(flag.startswith(name) for flag in FLAGS):
+            continue
+        after = arguments[n + 1] if n + 1 < len(arguments) and not value else ""
+        if not value and "=" not in after and not after.startswith("-"):
+            value = after
+        raise ConfigError(f"--{name}: options are written name=value: {name.replace('-', '_')}={value or 'VALUE'}")

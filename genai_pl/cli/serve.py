@@ -50,7 +50,10 @@ def name_adapters(adapters: str | list[str] | dict[str, str] | None) -> dict[str
     {'poems': 'runs/poems/adapter', 'code': 'runs/code'}
     """
     if isinstance(adapters, dict):
-        return adapters
+        wrong = next((name for name, path in adapters.items() if not isinstance(path, str)), None)
+        if wrong is not None:
+            raise ConfigError(f"adapter: {wrong} names no folder; write adapter={{{wrong}:FOLDER}}")
+        return {str(name): path for name, path in adapters.items()}
     paths = [] if adapters is None else [adapters] if isinstance(adapters, str) else adapters
     by_name: dict[str, str] = {}
     for path in paths:

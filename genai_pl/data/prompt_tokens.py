@@ -38,6 +38,7 @@ __all__ = [
     "Messages",
     "Tools",
     "as_messages",
+    "begin_tokens",
     "encode_answers",
     "encode_completion",
     "encode_completions",
@@ -192,6 +193,11 @@ def encode_prompt(
     template: a `ChatTemplate` of the tokenizer, to reuse what it has found out. variables: for it, see `template_options`.
     """
     return encode_prompts(tokenizer, [prompt], [tools], template, variables)[0]
+
+
+def begin_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The special tokens that the tokenizer puts in front of a text."""
+    return encode_prompt(tokenizer, "").tolist()
 
 
 def encode_prompts(

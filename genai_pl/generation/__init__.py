@@ -10,6 +10,7 @@ from genai_pl.generation.completions import Completion, left_pad
 from genai_pl.generation.decode import decode, evaluating, generate
 from genai_pl.generation.decode_state import DecodeState
 from genai_pl.generation.detokenize import Detokenizer, StopFilter, TextStream
+from genai_pl.generation.fill_in_the_middle import encode_gap, find_format
 from genai_pl.generation.output_constraints import OutputConstraints, build_output_constraints
 from genai_pl.generation.processors import draw_token, process, sample
 from genai_pl.generation.speculative import Acceptance
@@ -30,8 +31,10 @@ __all__ = [
     "continue_rows",
     "decode",
     "draw_token",
+    "encode_gap",
     "encode_prompt",
     "evaluating",
+    "find_format",
     "generate",
     "generate_text",
     "left_pad",

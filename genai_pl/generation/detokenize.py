@@ -22,16 +22,20 @@ class Detokenizer:
     Invariants: the frame `tokens` begins at a character boundary; `released` counts the characters of its text that were
     returned; `boundary` is the latest position in it where the text is complete. The frame moves to `boundary` once it is longer
     than FRAME, so the cost per token is constant.
+
+    with_special: special tokens have their names as texts, else none
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int]) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int], *, with_special: bool = False
+    ) -> None:
+        self.tokenizer, self.with_special = tokenizer, with_special
         self.tokens = list(prompt)
         self.boundary = len(self.tokens)
         self.released = len(self._text())
 
     def push(self, token: int) -> str:
-        """The characters that this token completes; empty for special tokens and for bytes in the middle of a character."""
+        """The characters that this token completes; empty for bytes in the middle of a character."""
         self.tokens.append(token)
         text = self._text()
         end = len(text.rstrip(INCOMPLETE))
@@ -52,7 +56,8 @@ class Detokenizer:
         self.boundary = len(self.tokens)
 
     def _text(self) -> str:
-        return self.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        options = {"skip_special_tokens": not self.with_special, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(self.tokens, **options)
 
 
 class StopFilter:

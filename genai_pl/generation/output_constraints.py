@@ -68,10 +68,12 @@ def inner_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[int, 
     """Ids of a text in the middle of another one: no special tokens, and no space that the tokenizer adds at a start.
 
     SentencePiece tokenizers put a space before the first word. Encoding the text after a newline and removing the newline's
-    tokens avoids it; where the newline merges with the text, the plain encoding is used.
+    tokens avoids it; where the newline merges with the text, the same is done with a smiley, and where that merges as well,
+    the plain encoding is used.
     """
-    line = tokenizer.encode("\n", add_special_tokens=False)
-    both = tokenizer.encode(f"\n{text}", add_special_tokens=False)
-    if both[: len(line)] == line:
-        return tuple(both[len(line) :])
+    for start in ("\n", "\N{WHITE SMILING FACE}"):
+        line = tokenizer.encode(start, add_special_tokens=False)
+        both = tokenizer.encode(f"{start}{text}", add_special_tokens=False)
+        if both[: len(line)] == line:
+            return tuple(both[len(line) :])
     return tuple(tokenizer.encode(text, add_special_tokens=False))

@@ -20,7 +20,8 @@ from genai_pl.devices import CODES, check_codes, choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.evaluation.embeddings import find_sentence_head
 from genai_pl.evaluation.labels import is_reward_model
-from genai_pl.generation import build_output_constraints, encode_prompt
+from genai_pl.generation import build_output_constraints, encode_gap, encode_prompt
+from genai_pl.generation.fill_in_the_middle import FimFormat
 from genai_pl.loading import Loaded, load, refuse_twice, resolve_adapter
 from genai_pl.models import move_to, prepare_for_decoding
 from genai_pl.models.onnx.model import is_onnx
@@ -38,6 +39,7 @@ from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.rate_limits import RateLimits
 from genai_pl.serving.response_cache import Cache, make_cache, model_hash
 from genai_pl.serving.settings import Settings
+from genai_pl.serving.settings_checks import check_answerable, check_names
 from genai_pl.serving.tokenize_threads import TokenizeThreads, encode_plain
 from genai_pl.serving.tracing import note_answer
 
@@ -69,6 +71,7 @@ class Service:
         self.tokenizer, self.path = loaded.tokenizer, loaded.path
         config = self.model.config
         self.name = settings.name or name_of(settings.checkpoint, loaded.path)
+        check_names(self.name, settings)
         self.context = min(settings.max_length or config.max_seq_len, config.max_seq_len)
         self.is_reward = is_reward_model(self.model)
         has_labels = config.head is Head.score and not self.is_reward
@@ -87,6 +90,7 @@ class Service:
             packed = CODES.get(settings.dtype)
             prepare_for_decoding(self.model, packed, rows=settings.slots)
         if config.writes:
+            check_answerable(settings, self.model, self.tokenizer)
             self.engine = Engine(
                 self.model,
                 self.tokenizer,
@@ -169,6 +173,14 @@ class Service:
         """Token ids of a text without begin and end tokens."""
         self._check_size(len(text))
         return tuple(await self.tokenize_threads.encode(encode_plain, text, size=len(text)))
+
+    async def gap_tokens(self, form: FimFormat, prefix: str | Sequence[int], suffix: str) -> tuple[int, ...]:
+        """Token ids of a prompt to fill in what is between a prefix, as text or ids, and a suffix."""
+        if not isinstance(prefix, str):
+            self.check_token_ids(prefix)
+        size = len(prefix) + len(suffix)
+        self._check_size(size)
+        return tuple(await self.tokenize_threads.encode(encode_gap, form, prefix, suffix, size=size))
 
     @cached_property
     def call_reader(self) -> CallReader:

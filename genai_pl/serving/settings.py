@@ -6,6 +6,7 @@ here imports torch, so the parent of several workers stays small.
 
 import atexit
 import json
+import math
 import os
 import secrets
 import shutil
@@ -52,6 +53,7 @@ class Limits:
     stored_mib: float = 16.0
 
     def __post_init__(self) -> None:
+        _check_finite(self)
         for option in fields(self):
             if not getattr(self, option.name) > 0:
                 raise ConfigError(f"{option.name}={getattr(self, option.name)} must be above 0")
@@ -114,6 +116,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         # one message for each option that cannot work, with the option's name; URLs are masked, they may hold passwords
+        _check_finite(self)
+        if not self.host:
+            raise ConfigError("host is empty: 127.0.0.1 is this machine alone, 0.0.0.0 any that reaches it")
         if self.backend not in BACKENDS:
             raise ConfigError(f"backend={self.backend} is not one of {', '.join(BACKENDS)}")
         if self.backend == "openai" and not (self.url or "").startswith(("http://", "https://")):
@@ -149,6 +154,10 @@ class Settings:
             raise ConfigError(f"otlp_endpoint={redact(self.otlp_endpoint)} is not http://HOST:4318")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port={self.port} must lie between 0 and 65535")
+        if (defaults := self.defaults).num_beams > 1 or defaults.speculates:
+            raise ConfigError(
+                "generation: serving draws one token at a time; leave out num_beams, draft, prompt_lookup"
+            )
 
     def _check_reload(self) -> None:
         """ConfigError where adapters cannot be loaded while the server runs."""
@@ -179,6 +188,14 @@ class Settings:
             return cls(**{**values, "limits": Limits(**values.get("limits", {}))})
         except (ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"{VARIABLE}: not the settings of a server ({error})") from None
+
+
+def _check_finite(options: Limits | Settings) -> None:
+    """ConfigError for an option that is infinite or no number."""
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{option.name}={value} must be a finite number")
 
 
 def read_admin_keys(settings: Settings, keys: Sequence[str]) -> list[str]:

@@ -88,13 +88,14 @@ def description(backend: Service | Upstream, settings: Settings) -> str:
     lines["cache"] = redact(settings.cache or "none")
     if settings.otlp_endpoint is not None:
         lines["traces"] = f"to {redact(settings.otlp_endpoint)}"
-    lines["keys"] = "asked for" if read_keys(settings.api_keys) else "none asked for"
-    lines["try"] = curl(backend, address)
+    asks = bool(read_keys(settings.api_keys))
+    lines["keys"] = "asked for" if asks else "none asked for"
+    lines["try"] = curl(backend, address, asks_for_key=asks)
     return "\n".join(f"{name:<12}{value}" for name, value in lines.items())
 
 
-def curl(backend: Service | Upstream, address: str) -> str:
-    """A curl command that this server answers."""
+def curl(backend: Service | Upstream, address: str, *, asks_for_key: bool) -> str:
+    """A curl command that this server answers, with a place for the key."""
     if isinstance(backend, Upstream) or backend.engine is not None:
         path, body = "/generate", '{"prompt": "Once upon a time", "max_new_tokens": 20}'
     elif backend.is_reward:
@@ -105,4 +106,5 @@ def curl(backend: Service | Upstream, address: str) -> str:
         path, body = "/classify", '{"input": "Once upon a time"}'
     else:
         path, body = "/v1/embeddings", '{"input": "Once upon a time"}'
-    return f"curl {address}{path} -H 'Content-Type: application/json' -d '{body}'"
+    key = "-H 'Authorization: Bearer KEY' " if asks_for_key else ""
+    return f"curl {address}{path} {key}-H 'Content-Type: application/json' -d '{body}'"

@@ -122,6 +122,19 @@ def test_draws_from_a_wide_vocabulary_have_its_probabilities():
     assert torch.equal(same, draw_token(probabilities, torch.Generator().manual_seed(7)))
 
 
+def test_rounding_of_the_logits_hardly_changes_a_draw() -> None:
+    n, generator = 1000, torch.Generator().manual_seed(0)
+    logits = 2.4 * torch.randn(1, 49_152, generator=generator)
+    moved = logits + 1e-5 * torch.randn(1, 49_152, generator=generator)  # float32's error after a few layers
+    pairs = zip(*(draws(each.softmax(-1), n) for each in (logits, moved)), strict=True)
+    assert sum(one != other for one, other in pairs) <= 1  # one number for all borders: 10 of 1,000
+
+
+def draws(probabilities: Tensor, n: int) -> list[int]:
+    """A token by each of the seeds 0 to n - 1."""
+    return [int(draw_token(probabilities, torch.Generator().manual_seed(seed))) for seed in range(n)]
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_nothing_to_draw_from_is_an_error(value):
     with pytest.raises(RuntimeError, match="NaN"):

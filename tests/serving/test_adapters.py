@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 peft = pytest.importorskip("peft", reason="needs pip install peft")
 
+from genai_pl.errors import ConfigError
 from tests.serving.servers import make_service, serving
 
 
@@ -52,6 +53,12 @@ def read(base: Path, adapter: Path | None, text: bytes) -> tuple[torch.Tensor, f
         result = model(input_ids=ids, output_hidden_states=True)
     logprobs = result.logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
     return torch.nn.functional.normalize(result.hidden_states[-1][0, -1], dim=0), float(logprobs[3:].sum())
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT
+def test_an_adapter_with_the_name_of_the_model_is_refused(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="adapter: base is the model's own name"):
+        make_service(tiny, name="base", adapters={"base": str(write_adapter(tiny, tmp_path / "lora", 1))})
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT

@@ -1,4 +1,5 @@
 """OpenAI's Python client against the server: completions, chat, log-probabilities, usage and errors."""
+# ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import base64
 from collections.abc import Iterator
@@ -10,6 +11,10 @@ import torch
 
 openai = pytest.importorskip("openai", reason="needs pip install openai")
 pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
+
+from genai_pl.generation import encode_prompt
+from genai_pl.serving.http.echo import token_texts
+from tests.small_tokenizers import TOKENIZERS
 
 HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 
@@ -278,6 +283,36 @@ def test_an_echoed_prompt_has_its_log_probabilities(ai, theirs) -> None:
     assert len(whole.logprobs.tokens) == len(whole.logprobs.text_offset) == 12
     chunks = [c for chunk in ai.completions.create(**options, max_tokens=3, stream=True) for c in chunk.choices]
     assert "".join(chunk.text for chunk in chunks if chunk.index == 0) == whole.text
+
+
+def test_an_echoed_prompt_keeps_its_special_tokens(ai) -> None:
+    prompt = "One<|endoftext|>two"
+    [choice] = ai.completions.create(
+        model="tiny", prompt=prompt, echo=True, logprobs=0, temperature=0, max_tokens=2
+    ).choices
+    assert choice.text.startswith(prompt)
+    found = list(zip(choice.logprobs.text_offset, choice.logprobs.tokens, strict=True))[:7]
+    assert found == [(0, "O"), (1, "n"), (2, "e"), (3, "<|endoftext|>"), (16, "t"), (17, "w"), (18, "o")]
+
+
+@pytest.mark.parametrize("kind", ["byte", "byte_level_bpe", "sentencepiece_bpe"])
+@pytest.mark.parametrize(
+    "prompt", ["", "Hi", " two  spaces ", "naïve 日本", "a{end}", "a{end} b", "{start}Hi", "end \ufffd"]
+)
+def test_the_texts_of_an_echo_are_the_prompt(prompt: str, kind: str) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    prompt = prompt.format(start=tokenizer.bos_token or "", end=tokenizer.eos_token)
+    tokens = encode_prompt(tokenizer, prompt)
+    texts = token_texts(tokenizer, tokens, prompt)
+    assert len(texts) == len(tokens)
+    if kind == "sentencepiece_bpe" and prompt in (
+        "a</s> b",
+        "<s>Hi",
+    ):  # the tokenizer puts a space after a special token
+        prompt = prompt.replace(">", "> ")
+    assert "".join(texts) == prompt
+    if kind == "byte":  # ids say nothing of what was in front: all of them are spelled out
+        assert "".join(token_texts(tokenizer, tokens, tokens)) == (prompt or tokenizer.eos_token).removesuffix("\ufffd")
 
 
 @pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"echo": True, "suffix": "x"}, {"suffix": "x"}])

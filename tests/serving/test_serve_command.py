@@ -17,8 +17,9 @@ pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 httpx = pytest.importorskip("httpx")
 
 from genai_pl.serving.server import bind
+from genai_pl.serving.worker import curl
 from tests.conftest import ROOT
-from tests.serving.servers import eventually
+from tests.serving.servers import eventually, make_service
 
 
 class Server:
@@ -186,6 +187,22 @@ MISTAKES = {
     "checkpoint=tiny timeout=0": "timeout=0",
     "checkpoint=tiny pooling=max": "pooling=max is not one of mean, last, cls",
     "checkpoint=tiny device=tpu9": "device=tpu9",
+    "checkpoint=tiny host=": "host is empty",
+    "checkpoint=tiny prefix_cache_mib=inf": "prefix_cache_mib=inf must be a finite number",
+    "checkpoint=tiny prefix_cache_mib=1e12": "prefix_cache_mib=1e+12: cpu has",
+    "checkpoint=tiny drain=inf": "drain=inf must be a finite number",
+    "checkpoint=tiny cache_mib=nan": "cache_mib=nan must be a finite number",
+    "checkpoint=tiny adapter={a:null}": "adapter: a names no folder; write adapter={a:FOLDER}",
+    "checkpoint=tiny adapter={a:[x]}": "adapter: a names no folder",
+    "checkpoint=tiny adapter={1:nothing}": "adapter=nothing: no adapter_config.json",
+    "checkpoint=tiny generation=beam": "serving draws one token at a time; leave out num_beams",
+    "checkpoint=tiny generation.temperature=-1": "generation.temperature=-1",
+    "checkpoint=tiny generation.logit_bias={99999:1}": "generation.logit_bias: token 99999 is not one",
+    "checkpoint=tiny generation.json_schema=none.json": "none.json",
+    "checkpoint=text.txt": "refused, it is no file of torch.save's zip format",
+    "checkpoint=tiny --port 80": "--port: options are written name=value: port=80",
+    "--max-tokens=5 checkpoint=tiny": "--max-tokens: options are written name=value: max_tokens=5",
+    "backend=openai url=http://": "names no host: write http://HOST:PORT/v1",
     "backend=openai": "backend=openai needs url=",
     "prt=1": "did you mean port?",
 }
@@ -194,11 +211,18 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line(mistake: str, command, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny").symlink_to(tiny)
+    (tmp_path / "text.txt").write_text("Once upon a time")
     result = command("serve", "port=0", *mistake.split())
     assert result.status in (1, 2)
     assert result.err.startswith("error: ")
     assert result.err.count("\n") == 1
     assert MISTAKES[mistake] in result.err
+
+
+def test_the_command_to_try_has_a_place_for_a_key_where_one_is_asked_for(tiny: Path) -> None:
+    service = make_service(tiny)
+    assert " -H 'Authorization: Bearer KEY' " in curl(service, "http://host:1", asks_for_key=True)
+    assert "KEY" not in curl(service, "http://host:1", asks_for_key=False)
 
 
 def test_a_port_that_is_taken_is_one_line(command, tiny: Path) -> None:

@@ -16,12 +16,20 @@ from genai_pl.serving.service import Service
 
 
 def generation_config(
-    service: Service, body: Sampling, *, max_tokens: int | None, param: str, stop: Sequence[str], default: int | None
+    service: Service,
+    body: Sampling,
+    *,
+    max_tokens: int | None,
+    param: str,
+    stop: Sequence[str],
+    default: int | None,
+    ends: Sequence[str] = (),
 ) -> GenerationConfig:
     """The server's sampling settings, overridden by those of the body.
 
     max_tokens, param: the body's limit of new tokens, and the field that has it
     stop: stop strings, added to the server's
+    ends: further ones, of the form of the prompt
     default: new tokens if the body sets none; None for the server's limit
     Raises ApiError 422 for more tokens than the server generates, or a logit_bias outside the vocabulary.
     """
@@ -36,7 +44,7 @@ def generation_config(
             check_bias(config, service.model.config.vocab_size)
         except ConfigError as error:
             raise ApiError(422, str(error).removeprefix("generation."), param="logit_bias") from None
-    return replace(config, stop=[*config.stop, *stop])
+    return replace(config, stop=[*config.stop, *stop, *ends])
 
 
 def with_least_tokens(config: GenerationConfig, body: OpenAISampling) -> GenerationConfig:

@@ -52,15 +52,14 @@ def openai_routes(service: Service) -> APIRouter:
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue one prompt or several."""
         check(service, body, len(body.prompts))
-
-        prompts = await while_connected(request.receive, completion_prompts(service, body))
+        prompts, ends = await while_connected(request.receive, completion_prompts(service, body))
         names = decoder(service, as_ids=body.return_tokens_as_token_ids)
         answer_format = CompletionFormat(names, body.logprobs)
         if body.echo:
             adapter = service.adapter_of(body.model)
-            echoes = await while_connected(request.receive, echoed(service, prompts, adapter, body.logprobs))
+            echoes = await while_connected(request.receive, echoed(service, body, prompts, adapter))
             answer_format = CompletionFormat(names, body.logprobs, echoes, n_each=body.n)
-        token_limit = {"max_tokens": body.max_tokens, "param": "max_tokens", "default": 16}  # OpenAI's
+        token_limit = {"max_tokens": body.max_tokens, "param": "max_tokens", "default": 16, "ends": ends}  # OpenAI's 16
         if body.max_tokens == 0:  # echo alone: no answer
             return await whole_answer(
                 answer_format, body.model or service.name, prompts, [None] * len(prompts) * body.n
@@ -153,7 +152,7 @@ async def respond(
 
     prompts: token ids
     answer_format: writes the JSON of completions or chat
-    token_limit: the arguments max_tokens, param and default of generation_config
+    token_limit: the arguments max_tokens, param, default and ends of generation_config
     """
     answers = await submit(service, body, request, prompts, answer_format, token_limit)
     n_prompt, name = sum(map(len, prompts)), body.model or service.name

@@ -56,6 +56,8 @@ class Upstream:
             url = httpx.URL(settings.url.rstrip("/") + "/")
         except (httpx.InvalidURL, ValueError):  # its message may show a part of the password
             raise ConfigError(f"url={redact(settings.url)}: write http://HOST:PORT/v1") from None
+        if not url.host:
+            raise ConfigError(f"url={redact(settings.url)} names no host: write http://HOST:PORT/v1")
         self.address = url.copy_with(userinfo=b"")
         auth = (url.username, url.password) if url.userinfo else None
         timeout = httpx.Timeout(settings.limits.timeout, connect=5.0)
