@@ -134,6 +134,9 @@ def test_the_input_of_a_response_is_listed(ai) -> None:
     assert (listed[2].role, listed[2].content[0].type, listed[2].content[0].text) == ("user", "input_text", "So?")
     paged = list(ai.responses.input_items.list(second.id, limit=1))  # the client asks for page after page
     assert [item.id for item in paged] == [item.id for item in listed[::-1]]
+    with pytest.raises(openai.UnprocessableEntityError, match="greater than or equal to 1") as raised:
+        ai.responses.input_items.list(second.id, limit=0)
+    assert raised.value.param == "limit"
     with pytest.raises(openai.NotFoundError, match="after=msg_x"):
         ai.responses.input_items.list(second.id, after="msg_x")
     with pytest.raises(openai.NotFoundError, match="not stored"):
