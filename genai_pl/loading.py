@@ -30,7 +30,7 @@ from genai_pl.data.gguf_read import end_ids, tokenizer_from_metadata
 from genai_pl.data.tokenizer import pretrained_tokenizer, tokenizer_from_files
 from genai_pl.devices import CODES
 from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.models.build import Model, build_model
+from genai_pl.models.build import Model, build_empty
 from genai_pl.models.fused_decode import prepare_for_decoding
 from genai_pl.models.gguf.reader import GgufFile, load_gguf, stored_gguf_dtypes
 from genai_pl.models.hf.config import check_blocks, is_supported, read_config
@@ -309,5 +309,4 @@ def _empty_model(
         return build_wrapped(stored["wrapped"], weights, attention=attention)
     config = replace(ModelConfig.from_dict(stored), attention=attention, dropout=dropout)
     check_blocks(config, weights)
-    with torch.device("meta"):
-        return build_model(config)
+    return build_empty(config)

@@ -7,6 +7,7 @@ use, because a worker process cannot use that of its parent. Whatever a storage 
 
 import fcntl
 import io
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -233,9 +234,15 @@ def download(address: str, path: Path, option: str, *, kind: type[UserError] = D
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Context in which one process of this machine at a time fills a folder: the others find it filled."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".fetching").open("w") as lock:
+    path = folder / ".fetching"
+    while True:
+        lock = path.open("w")
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
+            break
+        lock.close()  # the process before has removed this file, and another may hold a new one
+    with lock:
         try:
             yield
         finally:
-            (folder / ".fetching").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: one thread, no network, a cache of their own, and commands as a user runs them."""
+"""Fixtures of all tests: one thread, no network, no wait for the disk, a cache of their own, and commands as a user runs them."""
 
 import importlib
 import logging
@@ -15,6 +15,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 import pytest
 import torch
 
+os.fsync = lambda descriptor: None  # no test loses power, and a run waits for the disk some 25 times
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, whose own functions it changes
 

@@ -32,6 +32,16 @@ def test_models_and_objectives_import_neither_dynamo_nor_lightning_nor_a_kernel_
     }
 
 
+def test_serving_and_generating_import_no_trainer() -> None:
+    model = "ModelConfig(vocab_size=8, n_layer=1, n_embd=8, n_head=1)"
+    modules, errors = imported(
+        "import genai_pl.serving.worker, genai_pl.cli.generate; from genai_pl.config.model import ModelConfig; "
+        f"from genai_pl.models import build_empty; assert build_empty({model}).embed.weight.is_meta"
+    )
+    assert not errors
+    assert modules.isdisjoint((*LARGE, "torch._dynamo", "torch._inductor"))
+
+
 @pytest.mark.parametrize(
     ("argument", "line"),
     [("--help", ""), ("model.n_layr=1", "error: model.n_layr: no such option, did you mean n_layer?")],

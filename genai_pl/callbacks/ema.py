@@ -2,7 +2,7 @@
 
 import lightning as L
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
 from genai_pl.errors import ConfigError
 
@@ -32,7 +32,7 @@ class EMA(EMAWeightAveraging):
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         """ConfigError where no process holds the whole model."""
-        if isinstance(trainer.strategy, ModelParallelStrategy):
+        if isinstance(trainer.strategy, (ModelParallelStrategy, DeepSpeedStrategy)):
             raise ConfigError("callbacks=ema needs the whole model in each process: strategy=ddp, or leave it out")
         super().setup(trainer, module, stage)
 

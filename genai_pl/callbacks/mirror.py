@@ -3,7 +3,8 @@
 The copy has the layout of the folder. A checkpoint is copied by a thread while training goes on, and what is small (settings,
 log, metrics) with it; the next checkpoint waits for it, as the end of the run does, so what is being copied is never removed.
 A sharded checkpoint gets the file that makes it one last. An object appears when it is complete, so a machine that is lost in
-the middle of a copy leaves the copy before it.
+the middle of a copy leaves the copy before it. The address is listed once, when a run begins or goes on: after that only this
+run writes there, and a listing of many objects takes seconds.
 
 `checkpoints/best.txt` names the best checkpoint, because object storage has no links; `last.ckpt` is the one of the highest step.
 """
@@ -11,6 +12,7 @@ the middle of a copy leaves the copy before it.
 import logging
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from genai_pl.atomic_io import CONTENTS, write_atomic
@@ -36,6 +38,7 @@ class Mirror:
         self.folder, self.address = folder, address.rstrip("/")
         self.best: str | None = None
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of what has been copied
+        self._there: set[str] = set()  # checkpoint files at the address, or being copied there
         self._thread: threading.Thread | None = None
 
     def check(self) -> None:
@@ -54,6 +57,7 @@ class Mirror:
             self._send(small)
             # a run that goes on finds its checkpoints there
             there = below(self.address, OPTION)
+            self._there = {name for name in there if name.startswith("checkpoints/step=")}
             found = [p for p in checkpoints if there.get(self._name(p), {}).get("size") == p.stat().st_size]
             self._sent |= {self._name(path): _state(path) for path in found}
         except Exception as error:  # every storage has errors of its own
@@ -97,9 +101,10 @@ class Mirror:
             system.pipe_file(f"{root}/{BEST}", self.best.encode())
         # of a folder first the file that makes it a checkpoint
         kept = {self._name(path) for path in checkpoints}
-        old = {name for name in below(self.address, OPTION) if name.startswith("checkpoints/step=")} - kept
-        for name in sorted(old, key=lambda name: not name.endswith(CONTENTS)):
-            system.rm_file(f"{root}/{name}")
+        for name in sorted(self._there - kept, key=lambda name: not name.endswith(CONTENTS)):
+            with suppress(FileNotFoundError):  # its copy had failed, or somebody has removed it
+                system.rm_file(f"{root}/{name}")
+            self._there.discard(name)
             self._sent.pop(name, None)
 
     def _send(self, paths: Sequence[Path]) -> None:
@@ -109,6 +114,8 @@ class Mirror:
             try:
                 state = _state(path)
                 if self._sent.get(self._name(path)) != state:
+                    if path.is_relative_to(self.folder / "checkpoints"):
+                        self._there.add(self._name(path))
                     system.put_file(str(path), f"{root}/{self._name(path)}")
                     self._sent[self._name(path)] = state
             except FileNotFoundError:

@@ -40,6 +40,7 @@ from genai_pl.planning.count import (
     local_model_config,
     moments,
     n_recomputed,
+    quantized_weights,
     stage_sizes,
     training_flops,
 )
@@ -182,6 +183,7 @@ def model_share(
         weights=n_parameters(local_model),
         trained=n_parameters(local_model, trainable=True),
         largest=largest_part(local_model, experts=expert_devices),
+        **quantized_weights(local_model)._asdict(),
         experts=expert_parameters(local_model),
         trained_experts=expert_parameters(local_model, trainable=True),
         largest_gradient=largest_gradient(local_model) if config.trainer.optimizer_in_backward else None,

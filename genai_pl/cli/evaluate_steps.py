@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from genai_pl.cli.evaluate_labels import max_length, print_metrics
 from genai_pl.data import sources
-from genai_pl.data.messages_datamodule import TOOLS
+from genai_pl.data.formats import TOOLS
 from genai_pl.data.stepwise import StepwiseDataModule
 from genai_pl.devices import choose_device
 from genai_pl.evaluation.steps import step_metrics, step_scores

@@ -20,9 +20,8 @@ from genai_pl.cli.command import CONF
 from genai_pl.cli.negatives import write_negatives
 from genai_pl.data import sources
 from genai_pl.data.columns import Place, preview, refuse
-from genai_pl.data.formats import recognize
+from genai_pl.data.formats import CONTEXT, INPUT, TOOLS, parse_prompt, recognize
 from genai_pl.data.messages import TextOrMessages, extract_prompt, text_or_messages
-from genai_pl.data.messages_datamodule import CONTEXT, INPUT, TOOLS, parse_prompt
 from genai_pl.data.tool_schemas import parse_tools
 from genai_pl.devices import choose_device
 from genai_pl.endpoints import ADDRESSES

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from genai_pl.data.stepwise import split_steps
+from genai_pl.data.steps import split_steps
 from genai_pl.evaluation.steps import step_scores, step_separator
 from genai_pl.loading import Loaded
 from genai_pl.models.virtual_tokens import context_of

@@ -16,15 +16,10 @@ from torch.utils.data import Dataset
 
 from genai_pl.data import sources
 from genai_pl.data.columns import Place, parse_text, preview
-from genai_pl.data.formats import instruction_messages
+from genai_pl.data.formats import TOOLS, instruction_messages, parse_prompt
 from genai_pl.data.loader import Collate
 from genai_pl.data.messages import Message, extract_prompt, message_texts, parse_messages, text_or_messages
-from genai_pl.data.messages_datamodule import (
-    TOOLS,
-    MessagesDataModule,
-    parse_prompt,
-    tools_argument,
-)
+from genai_pl.data.messages_datamodule import MessagesDataModule, tools_argument
 from genai_pl.data.packing import PackedExamples
 from genai_pl.data.prompt_tokens import (
     TokenizedExample,

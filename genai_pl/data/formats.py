@@ -10,9 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from genai_pl.data.columns import Place, parse_list, parse_text, preview, refuse
-from genai_pl.data.messages import Message
+from genai_pl.data.messages import Message, TextOrMessages, text_or_messages
 from genai_pl.errors import ConfigError, DataError
 
+INSTRUCTION, INPUT, OUTPUT = "instruction", "input", "output"  # columns of Alpaca
+CONTEXT, RESPONSE = "context", "response"  # Dolly's names of the input and the output
+SYSTEM = "system"  # a system message in a column of its own
+TOOLS = "tools"  # functions that the conversation of a row may call
 AUTO = "auto"  # data.format where the columns decide
 PAIR = "prompt, chosen, rejected"
 HH = "hh"
@@ -157,6 +161,15 @@ def instruction_text(record: Mapping[str, object], roles: Mapping[str, str], pla
     if beside and record.get(beside) not in (None, ""):
         texts.append(parse_text(record[beside], place.at(beside)))
     return "\n\n".join(texts)
+
+
+def parse_prompt(record: Mapping[str, object], column: str, place: Place) -> TextOrMessages:
+    """The prompt of a record; an `instruction` is followed by its `input` (Alpaca) or `context` (Dolly)."""
+    prompt = text_or_messages(record.get(column), place.at(column))
+    if column != INSTRUCTION or not isinstance(prompt, str):
+        return prompt
+    context = INPUT if INPUT in record else CONTEXT
+    return instruction_text(record, {"instruction": column, "context": context}, place)
 
 
 def instruction_messages(record: Mapping[str, object], roles: Mapping[str, str], place: Place) -> list[Message]:

@@ -10,17 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from genai_pl.data import formats, sources
-from genai_pl.data.columns import Place, parse_text, refuse
+from genai_pl.data.columns import Place, refuse
+from genai_pl.data.formats import CONTEXT, INPUT, INSTRUCTION, SYSTEM, TOOLS
 from genai_pl.data.messages import (
     MEDIA,
     TextOrMessages,
     is_json_messages,
     prepend_system,
     refuse_media,
-    text_or_messages,
 )
 from genai_pl.data.prompt_tokens import prompt_text
-from genai_pl.data.records import Record, Records
+from genai_pl.data.records import Records
 from genai_pl.data.table_datamodule import TableDataModule
 from genai_pl.data.tool_schemas import parse_tools
 from genai_pl.errors import DataError
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 JSON_MESSAGES = r'^(\[.*)?"\s*\[\s*\{'  # JSON of a text, or of a list of texts, that begins like a list of objects
-INSTRUCTION, INPUT, OUTPUT = "instruction", "input", "output"  # columns of Alpaca
-CONTEXT, RESPONSE = "context", "response"  # Dolly's names of the input and the output
-SYSTEM = "system"  # a system message in a column of its own
-TOOLS = "tools"  # functions that the conversation of a row may call
 
 
 class MessagesDataModule(TableDataModule):
@@ -139,15 +135,6 @@ class MessagesDataModule(TableDataModule):
     def render(self, prompt: TextOrMessages) -> str:
         """A prompt as text; messages are rendered by the chat template."""
         return prompt_text(self.tokenizer, prompt) if prompt else ""
-
-
-def parse_prompt(record: Record, column: str, place: Place) -> TextOrMessages:
-    """The prompt of a record; an `instruction` is followed by its `input` (Alpaca) or `context` (Dolly) after a blank line."""
-    prompt = text_or_messages(record.get(column), place.at(column))
-    context = INPUT if INPUT in record else CONTEXT
-    if column != INSTRUCTION or record.get(context) in (None, "") or not isinstance(prompt, str):
-        return prompt
-    return f"{prompt}\n\n{parse_text(record[context], place.at(context))}"
 
 
 def _log_unused(source: sources.Source, roles: Mapping[str, str], columns: Sequence[str], *, has_chat: bool) -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from genai_pl.data import sources
 from genai_pl.data.columns import Place, parse_list, parse_number, parse_text
-from genai_pl.data.formats import AUTO, is_dialogue, parse_dialogue
+from genai_pl.data.formats import AUTO, TOOLS, is_dialogue, parse_dialogue, parse_prompt
 from genai_pl.data.loader import Collate
 from genai_pl.data.messages import (
     TextOrMessages,
@@ -25,7 +25,7 @@ from genai_pl.data.messages import (
     parse_messages,
     text_or_messages,
 )
-from genai_pl.data.messages_datamodule import TOOLS, MessagesDataModule, parse_prompt, tools_argument
+from genai_pl.data.messages_datamodule import MessagesDataModule, tools_argument
 from genai_pl.data.prompt_tokens import encode_masked_answers
 from genai_pl.data.records import Record
 from genai_pl.data.table_datamodule import as_arrays

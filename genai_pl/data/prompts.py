@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 
 from genai_pl.data import sources
 from genai_pl.data.columns import Place
-from genai_pl.data.formats import instruction_messages
+from genai_pl.data.formats import TOOLS, instruction_messages, parse_prompt
 from genai_pl.data.messages import message_texts
-from genai_pl.data.messages_datamodule import TOOLS, MessagesDataModule, parse_prompt, tools_argument
+from genai_pl.data.messages_datamodule import MessagesDataModule, tools_argument
 from genai_pl.data.prompt_tokens import encode_prompts
 from genai_pl.data.records import Record
 from genai_pl.data.table_datamodule import as_arrays

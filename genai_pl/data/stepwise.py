@@ -1,7 +1,7 @@
 """Stepwise data: prompts with the steps of an answer and a label for each, for process reward models.
 
-A row is the prompt, then each step with the separator after it; step and separator are tokenized apart, and the label
-stands at the separator's last token, as TRL's PRMTrainer had it. Rewards read completions through the same functions.
+A row is the prompt and its steps as `steps` encodes them; the label of a step stands at its separator's last token, as
+TRL's PRMTrainer had it.
 """
 
 import json
@@ -15,12 +15,12 @@ from torch.utils.data import Dataset
 from genai_pl.config.labels import STEP_LABELS, Labels
 from genai_pl.data import sources
 from genai_pl.data.columns import Place, parse_degree, parse_list, parse_text, refuse
+from genai_pl.data.formats import TOOLS, parse_prompt
 from genai_pl.data.messages import message_texts
-from genai_pl.data.messages_datamodule import TOOLS, MessagesDataModule, parse_prompt, tools_argument
-from genai_pl.data.prompt_tokens import Messages, Tools, encode_prompts
+from genai_pl.data.messages_datamodule import MessagesDataModule, tools_argument
 from genai_pl.data.records import Record
+from genai_pl.data.steps import encode_steps
 from genai_pl.data.table_datamodule import TableDataModule, as_arrays
-from genai_pl.data.token_boundaries import encode_continuations
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.objectives.token_loss import IGNORED
 
@@ -152,41 +152,3 @@ def tokenize_steps(
     tools = tools_argument(batch).get(TOOLS)
     rows = encode_steps(tokenizer, batch["prompt"], batch["completions"], separator, tools)
     return dict(zip(("prompt", "steps", "ends"), map(list, zip(*rows, strict=True)), strict=True))
-
-
-def encode_steps(
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str | Messages],
-    steps: Sequence[Sequence[str]],
-    separator: str,
-    tools: Sequence[Tools] | None = None,
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(prompt ids, ids of all steps with a separator after each, ends of the steps in these) of each row, int32."""
-    between = encode_continuations(tokenizer, [separator])[0]
-    if not between:
-        raise ConfigError(f"data.step_separator={separator!r}: the tokenizer has no token for it; choose another text")
-    ids = iter(encode_continuations(tokenizer, [step for row in steps for step in row]))
-    found = []
-    for prompt, row in zip(encode_prompts(tokenizer, prompts, tools), steps, strict=True):
-        parts = [[*next(ids), *between] for _ in row]
-        ends = np.cumsum([len(part) for part in parts]).astype(np.int32)
-        found.append((prompt, np.asarray([token for part in parts for token in part], dtype=np.int32), ends))
-    return found
-
-
-def split_steps(text: str, separator: str) -> list[tuple[str, int]]:
-    r"""The steps of a text that are not blank, each with the character at which it ends, its separator included.
-
-    The last one ends where the text does. A text without any is one step.
-
-    >>> split_steps("2+2=4\n\nso 5\n", "\n")
-    [('2+2=4', 6), ('so 5', 12)]
-    """
-    steps, place = [], 0
-    for part in text.split(separator):
-        place += len(part) + len(separator)
-        if part.strip():
-            steps.append((part, min(place, len(text))))
-    if not steps:
-        return [(text, len(text))]
-    return [*steps[:-1], (steps[-1][0], len(text))]

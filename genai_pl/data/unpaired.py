@@ -12,9 +12,10 @@ from torch.utils.data import Dataset
 
 from genai_pl.data import sources
 from genai_pl.data.columns import Place, parse_label, refuse
+from genai_pl.data.formats import TOOLS, parse_prompt
 from genai_pl.data.loader import BatchPlan
 from genai_pl.data.messages import extract_prompt, message_texts, parse_messages, text_or_messages
-from genai_pl.data.messages_datamodule import TOOLS, MessagesDataModule, parse_prompt, tools_argument
+from genai_pl.data.messages_datamodule import MessagesDataModule, tools_argument
 from genai_pl.data.prompt_tokens import encode_masked_answers
 from genai_pl.data.records import Record
 from genai_pl.data.table_datamodule import as_arrays

@@ -13,7 +13,18 @@ from typing import NamedTuple
 
 from genai_pl.data import sources
 from genai_pl.data.columns import Place, parse_json, parse_list, parse_text
-from genai_pl.data.formats import HISTORY, instruction_messages, is_dialogue, parse_dialogue
+from genai_pl.data.formats import (
+    CONTEXT,
+    HISTORY,
+    INPUT,
+    INSTRUCTION,
+    OUTPUT,
+    RESPONSE,
+    instruction_messages,
+    is_dialogue,
+    parse_dialogue,
+    parse_prompt,
+)
 from genai_pl.data.messages import (
     MEDIA,
     Message,
@@ -24,7 +35,6 @@ from genai_pl.data.messages import (
     refuse_media,
     text_or_messages,
 )
-from genai_pl.data.messages_datamodule import CONTEXT, INPUT, INSTRUCTION, OUTPUT, RESPONSE, parse_prompt
 from genai_pl.data.records import Record
 from genai_pl.data.tool_schemas import parse_tools
 from genai_pl.errors import DataError

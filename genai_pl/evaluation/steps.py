@@ -9,7 +9,7 @@ import torch
 from genai_pl.config.enums import Head
 from genai_pl.config.labels import STEP_LABELS, read_labels
 from genai_pl.data.prompt_tokens import Messages, Tools
-from genai_pl.data.stepwise import encode_steps
+from genai_pl.data.steps import encode_steps
 from genai_pl.evaluation.embeddings import BATCH_TOKENS, padded
 from genai_pl.evaluation.metrics import Metrics, with_interval
 from genai_pl.models import Model

@@ -14,18 +14,24 @@ import torch
 from torch import Tensor
 
 from genai_pl.errors import ConfigError
-from genai_pl.generation.decode_state import common_length
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
 
+# Blanks between two parts of JSON, at most one such group: a space, or a line break with its indentation. llguidance's own
+# pattern has no bound, and a weak model, for which blanks are likely after blanks, would write them until max_new_tokens.
+JSON_BLANKS = r"( |\n {0,12})"
+MATCHERS = 64  # of one constraint at most: rows of a batch
+
+
 class GrammarConstraint:
     """The set of tokens after which a text can still become one that the grammar accepts.
 
-    One matcher serves all rows of a batch: it is rolled back to the common prefix of its tokens and the row's, and consumes the
-    rest (0.3 us a token). A matcher per row would have to follow beam reordering and rejected draft tokens.
+    Rows of a batch, reordered beams and rejected draft tokens share the matchers of the last texts: a text goes on with the
+    matcher whose tokens it continues, or is read again by a new one (0.6 us a token). No matcher is rolled back: in llguidance
+    1.9.1 one that has computed a mask allows wrong tokens after that.
     grammar: in llguidance's format. option: named in errors. ends: allowed where the text is complete, beside eos.
     """
 
@@ -34,8 +40,8 @@ class GrammarConstraint:
     ) -> None:
         self.tokenizer, self.grammar, self.option = tokenizer, grammar, option
         self.ends = tuple(sorted({*ends, tokenizer.eos_token_id} - {None}))
-        self.matcher: LLMatcher | None = None
-        self.consumed: list[int] = []
+        self.first: LLMatcher | None = None  # before any token
+        self.matchers: list[tuple[list[int], LLMatcher]] = []  # with the tokens they have consumed, the oldest first
         self.vocab_size = 0
 
     def begin(self, vocab_size: int) -> None:
@@ -44,33 +50,41 @@ class GrammarConstraint:
             return
         if not self.ends:
             raise ConfigError(f"{self.option}: the tokenizer has no eos token, so a text could not end")
-        self.vocab_size, self.consumed = vocab_size, []
-        self.matcher = _compiled(self.tokenizer, vocab_size, self.grammar, self.ends).deep_copy()
-        self._check()
+        self.vocab_size, self.matchers = vocab_size, []
+        self.first = _compiled(self.tokenizer, vocab_size, self.grammar, self.ends).deep_copy()
+        self._check(self.first)
 
     def allowed(self, generated: Sequence[int]) -> Tensor:
         """Mask (V,), True for tokens that may follow `generated`; end tokens are among them where the text is complete."""
-        generated = list(generated)
-        # move the matcher from the tokens of the last call to these
-        n = common_length(self.consumed, generated)
-        self.matcher.rollback(len(self.consumed) - n)
-        self.matcher.consume_tokens(generated[n:])
-        self._check()
-        self.consumed = generated
+        matcher = self._matcher_after(list(generated))
         # complete: an end token is all that may follow
-        if self.matcher.is_stopped():
+        if matcher.is_stopped():
             mask = torch.zeros(self.vocab_size, dtype=torch.bool)
             mask[list(self.ends)] = True
             return mask
         # llguidance packs 8 tokens into a byte, the first in the lowest bit
-        bits = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
+        bits = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
         bits = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1  # (V / 8, 8)
         return bits.flatten()[: self.vocab_size].bool()
 
-    def _check(self) -> None:
+    def _matcher_after(self, generated: list[int]) -> "LLMatcher":
+        """The matcher that has consumed these tokens; the newest that has consumed the beginning of them goes on."""
+        for n in reversed(range(len(self.matchers))):
+            consumed, matcher = self.matchers[n]
+            if consumed == generated[: len(consumed)]:
+                del self.matchers[n]
+                break
+        else:
+            consumed, matcher = [], self.first.deep_copy()
+        matcher.consume_tokens(generated[len(consumed) :])
+        self._check(matcher)
+        self.matchers = [*self.matchers, (generated, matcher)][-MATCHERS:]
+        return matcher
+
+    def _check(self, matcher: "LLMatcher") -> None:
         """ConfigError with llguidance's own message, shortened to one line, if the matcher failed."""
-        if self.matcher.is_error():
-            first, *others = self.matcher.get_error().strip().splitlines()
+        if matcher.is_error():
+            first, *others = matcher.get_error().strip().splitlines()
             reason = f"{first} {others[-1]}" if others and first.endswith(":") else first
             raise ConfigError(f"{self.option}: {reason}")
 
@@ -117,15 +131,34 @@ def build_constraint(
 
 
 def _read_schema(schema_or_path: str) -> str:
-    """The text of a JSON schema, read from a file unless it begins with a brace; ConfigError if it is no JSON object."""
-    path = Path(schema_or_path)
+    """The text of a JSON schema, with a bound of blanks; it is read from a file unless it begins with a brace.
+
+    ConfigError if it is no JSON object.
+    """
     try:
-        text = schema_or_path if schema_or_path.lstrip().startswith("{") else path.read_text(encoding="utf-8")
+        is_text = schema_or_path.lstrip().startswith("{")
+        text = schema_or_path if is_text else Path(schema_or_path).read_text(encoding="utf-8")
         schema = json.loads(text)
+        if not isinstance(schema, dict):
+            raise ConfigError(f"generation.json_schema={schema_or_path}: a schema is a JSON object")
+        return json.dumps(_with_bounded_blanks(schema))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"generation.json_schema={schema_or_path}: neither a file nor a JSON schema ({error})"
         ) from None
-    if not isinstance(schema, dict):
-        raise ConfigError(f"generation.json_schema={schema_or_path}: a schema is a JSON object")
-    return text
+    except RecursionError:
+        raise ConfigError("generation.json_schema: the schema is nested too deeply") from None
+
+
+def _with_bounded_blanks(schema: dict[str, object]) -> dict[str, object]:
+    """The schema with JSON_BLANKS among llguidance's options, `x-guidance`, unless these say what blanks there are.
+
+    The pattern goes before `whitespace_flexible`, so it must not be added to a schema that has turned blanks off.
+
+    >>> _with_bounded_blanks({"x-guidance": {"whitespace_flexible": False}})
+    {'x-guidance': {'whitespace_flexible': False}}
+    """
+    options = schema.get("x-guidance", {})
+    if not isinstance(options, dict) or {"whitespace_pattern", "whitespace_flexible"} & set(options):
+        return schema
+    return {**schema, "x-guidance": {**options, "whitespace_pattern": JSON_BLANKS}}

@@ -9,7 +9,7 @@ and writes folders of transformers, `onnx/` graphs for ONNX Runtime, `gguf/` fil
 from genai_pl.config.model import ModelConfig
 from genai_pl.models.attention_choice import move_to
 from genai_pl.models.block import Block
-from genai_pl.models.build import Model, build_model
+from genai_pl.models.build import Model, build_empty, build_model
 from genai_pl.models.decoder import Decoder
 from genai_pl.models.encoder import Encoder
 from genai_pl.models.encoder_decoder import DecoderWithSource, EncoderDecoder
@@ -35,6 +35,7 @@ __all__ = [
     "PipelineModel",
     "TensorParallelLayer",
     "WrappedDecoder",
+    "build_empty",
     "build_model",
     "flop_rates",
     "flops_per_token",

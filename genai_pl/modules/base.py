@@ -92,6 +92,7 @@ class BaseModule(L.LightningModule, ABC):
         self.step_loss = torch.zeros(())  # of the last complete step, over all ranks
         self.grad_norm, self.lr = torch.zeros(()), 0.0  # of the last complete step
         self.group_norms: Metrics = {}  # of the last complete step, by the optimizer's group where there are several
+        self.strategy_clips = False  # whether the strategy has the gradients, and clips them
         self.global_norm = global_norm  # function; a strategy replaces it where ranks hold different parameters
         # a context in which this process may run the model alone, any number of times; FSDP gathers the weights for it
         self.unsharded_model: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -208,12 +209,22 @@ class BaseModule(L.LightningModule, ABC):
 
         Lightning calls it once per optimizer step, between the last backward pass and `optimizer.step`. The norm is
         measured even where nothing is clipped. With the optimizer in the backward pass the gradients are gone by now,
-        and their norms were taken on the way.
+        and their norms were taken on the way. A strategy that clips by itself (DeepSpeed) calls `finish_step` instead.
         """
+        if self.strategy_clips:
+            return
         # norm of each parameter group, then of all
         groups = [[p.grad for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
         norms = [self.global_norm(group) for group in groups] if self._stepper is None else self._stepper.norms()
-        norms = [norm.to(self.device) for norm in norms]  # a group without gradients has its 0 on the CPU
+        self.finish_step(norms, optimizer)
+        # the factor is computed on the device: no synchronization
+        if gradient_clip_val:
+            scale = (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([local_shard(grad) for group in groups for grad in group], scale)
+
+    def finish_step(self, norms: list[Tensor], optimizer: Optimizer) -> None:
+        """Keep what the logs tell of a step, with the norm of each group's gradients, or one of all; LossError if not finite."""
+        norms = [norm.to(self.device) for norm in norms]  # one without gradients has its 0 on the CPU
         self.grad_norm, self.lr = torch.stack(norms).norm(), optimizer.param_groups[0]["lr"]
         self.group_norms = dict(zip(self._group_names, norms, strict=True)) if len(norms) > 1 else {}
         # the window is complete: its sums become those of the last step
@@ -227,10 +238,6 @@ class BaseModule(L.LightningModule, ABC):
         elif not torch.isfinite(self.grad_norm + loss):
             what = "gradient" if torch.isfinite(loss) else "loss"
             raise LossError(f"the {what} is not finite at step {self.trainer.global_step + 1}")
-        # the factor is computed on the device: no synchronization
-        if gradient_clip_val:
-            scale = (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([local_shard(grad) for group in groups for grad in group], scale)
 
     def _scaler(self) -> torch.amp.GradScaler | None:
         """The gradient scaler of fp16, which skips a step whose gradients overflow at its loss scale; else None."""

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from genai_pl.errors import ConfigError
 from genai_pl.kernels.int8 import from_int8, to_int8
-from genai_pl.kernels.nf4 import GROUP, from_nf4, to_nf4
+from genai_pl.kernels.nf4 import BLOCK, GROUP, from_nf4, to_nf4
 from genai_pl.kernels.row_products import FEW, RowWeight, is_built, multiply_rows, widened
 from genai_pl.peft.targets import ALL_LINEAR, ModuleSite, adapter_layers, match, module_sites
 
@@ -51,18 +51,19 @@ class Quantized(Tensor):
         return from_int8(self.codes, self.scales, self.shape).to(self.dtype)
 
     def by_rows(self) -> RowWeight | None:
-        """The same memory for compiled products; None without them, off the CPU, and where blocks of nf4 cross rows."""
-        if torch.compiler.is_compiling() or self.codes.device.type != "cpu" or not is_built():
+        """The same memory for compiled products; None without them or memory, off the CPU, where blocks of nf4 cross rows."""
+        has_memory = type(self.codes) is Tensor and self.codes.device.type == "cpu"  # fake tensors have none
+        if torch.compiler.is_compiling() or not has_memory or not is_built():
             return None
         out, width = self.shape
         if self.kind == "int8":
             return RowWeight(self.codes, torch.int8, width, self.scales)
-        return RowWeight(self.codes.view(out, -1), "nf4", width) if width % GROUP == 0 else None
+        return RowWeight(self.codes.view(out, width // GROUP * BLOCK), "nf4", width) if width % GROUP == 0 else None
 
     def each(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> "Quantized":
         """The same weight with `change` applied to codes and scales, to move or copy them for example."""
         tensors = (change(self.codes), change(self.scales))
-        return Quantized(*tensors, self.kind, self.shape, self.dtype if dtype is None else dtype)
+        return type(self)(*tensors, self.kind, self.shape, self.dtype if dtype is None else dtype)
 
     # torch.compile takes a subclass apart by these two methods
     def __tensor_flatten__(self) -> tuple[list[str], tuple[str, torch.dtype]]:

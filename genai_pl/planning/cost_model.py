@@ -107,6 +107,9 @@ class Share:
     largest_gradient: parameters of the largest weight, where each is stepped as soon as its gradient is known; else
         None
     experts, trained_experts: those of `weights` and `trained` that belong to routed experts
+    quantized, largest_quantized: those of `weights` and `largest` that are held, and gathered, as codes
+    code_bytes: per quantized parameter
+    largest_matrix: parameters of the largest quantized weight, which is dequantized for a product
     """
 
     weights: int
@@ -118,6 +121,10 @@ class Share:
     largest_gradient: int | None = None
     experts: int = 0
     trained_experts: int = 0
+    quantized: int = 0
+    largest_quantized: int = 0
+    code_bytes: float = 0.0
+    largest_matrix: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,7 @@ class Memory:
     loss: float  # a chunk of logits, and gradients that the loss computes in its forward pass
     reference: float = 0.0  # a frozen copy of the weights
     critic: float = 0.0  # weights, gradients, optimizer states and activations of a value model
+    dequantized: float = 0.0  # one quantized weight in float32, while it multiplies
 
     @property
     def total(self) -> float:
@@ -143,8 +151,9 @@ def memory(share: Share, layout: Layout, *, activations: float, loss: float, sta
 
     activations, loss: bytes of a whole batch on this device
     """
+    codes = share.quantized * share.code_bytes
     weights, gradients, optimizer = states(
-        share.weights,
+        share.weights - share.quantized + codes / share.weight_bytes,
         share.trained,
         layout,
         weight_bytes=share.weight_bytes,
@@ -154,17 +163,19 @@ def memory(share: Share, layout: Layout, *, activations: float, loss: float, sta
     gathered = 0.0
     activations *= layout.in_flight(stage) / layout.micro_batches
     if layout.zero == 3 and layout.shards > 1:
-        # the current block and the next, which is prefetched, and the gradient of one
-        gathered = 3 * share.largest * share.compute_bytes
+        # the current block and the next, which is prefetched, and the gradient of one, which codes do not have
+        gathered = 3 * (share.largest - share.largest_quantized) * share.compute_bytes
+        gathered += 2 * share.largest_quantized * share.code_bytes
     elif layout.buckets and layout.data > 1:
         gathered = gradients
     if share.largest_gradient is not None:
         gradients = share.largest_gradient * share.weight_bytes
-    return Memory(weights, gathered, gradients, optimizer, activations, loss)
+    dequantized = 4.0 * share.largest_matrix
+    return Memory(weights, gathered, gradients, optimizer, activations, loss, dequantized=dequantized)
 
 
 def states(
-    n: int, trained: int, layout: Layout, *, weight_bytes: float, gradient_bytes: float, optimizer_bytes: float
+    n: float, trained: int, layout: Layout, *, weight_bytes: float, gradient_bytes: float, optimizer_bytes: float
 ) -> tuple[float, float, float]:
     """Bytes of weights, gradients and optimizer states of one device, for n parameters of which some are trained."""
     divisors = [layout.shards if layout.zero >= stage else 1 for stage in (3, 2, 1)]
@@ -232,10 +243,11 @@ def traffic(
         # gathered for the forward pass and the backward pass (Rajbhandari et al. 2020, section 7.2.2: 1.5 times DDP)
         times = passes * (2 if layout.regathers else 1)
         own_ring = (layout.shards / layout.experts - 1) / layout.shards  # of 1 / experts of the experts
-        gathered = ring * (share.weights - share.experts) + own_ring * share.experts
+        gathered = ring * (share.weights - share.experts - share.quantized) + own_ring * share.experts
         summed = ring * (share.trained - share.trained_experts) + own_ring * share.trained_experts
+        codes = ring * share.quantized * share.code_bytes
         sent = {
-            "all-gather of weights": times * gathered * share.compute_bytes,
+            "all-gather of weights": times * (gathered * share.compute_bytes + codes),
             "reduce-scatter of gradients": passes * summed * share.weight_bytes,
         }
         collectives += [Traffic(what, n_bytes, layout.shards, wide, True) for what, n_bytes in sent.items()]

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ from genai_pl.models.flops import multiplied
 from genai_pl.models.transformer import Transformer
 from genai_pl.optim.muon import is_hidden_matrix
 from genai_pl.optim.narrow_adam import moment_bytes
+from genai_pl.peft.quantize import Quantized, QuantizedLinear
 from genai_pl.planning.activation_memory import ResultBytes, saved_tensor_bytes
 from genai_pl.planning.cost_model import Layout
 from genai_pl.strategies import kept_operations, recompute
@@ -219,6 +221,32 @@ def largest_part(model: Model, *, experts: int = 1) -> int:
     sizes = [n_parameters(block) for block in blocks]
     held = [n - expert_parameters(block) * (experts - 1) // experts for n, block in zip(sizes, blocks, strict=True)]
     return max(*held, n_parameters(model) - sum(sizes))
+
+
+class Codes(NamedTuple):
+    """Quantized weights of a model: parameters, those of `largest_part`, bytes of each, parameters of the largest weight."""
+
+    quantized: int = 0
+    largest_quantized: int = 0
+    code_bytes: float = 0.0
+    largest_matrix: int = 0
+
+
+def quantized_weights(model: Model) -> Codes:
+    """The numbers of a model's weights that are held as codes; of all its blocks, the largest has `largest_quantized`."""
+    of_blocks = [_quantized_in(block) for block in dict.fromkeys(model.blocks)]
+    weights = [weight for block in of_blocks for weight in block]
+    if not weights:
+        return Codes()
+    n = sum(weight.numel() for weight in weights)
+    n_bytes = sum(part.numel() * part.element_size() for weight in weights for part in (weight.codes, weight.scales))
+    largest = max(sum(weight.numel() for weight in block) for block in of_blocks)
+    return Codes(n, largest, n_bytes / n, max(weight.numel() for weight in weights))
+
+
+def _quantized_in(module: nn.Module) -> list[Quantized]:
+    """The quantized weights of a module."""
+    return [layer.weight for layer in module.modules() if isinstance(layer, QuantizedLinear)]
 
 
 def expert_parameters(model: nn.Module, *, trainable: bool = False) -> int:

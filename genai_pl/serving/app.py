@@ -5,7 +5,7 @@ import gc
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from genai_pl.serving.errors import install
@@ -49,65 +49,87 @@ def create_app(
 
     Middleware runs outermost first: CORS, then Guard (request id, key, body, metrics), then FastAPI's error handlers.
     """
-    is_ready = False
+    lifespan = Lifespan(backend, settings, metrics, tracing)
+    app = FastAPI(title="genai_pl", description="A language model.", lifespan=lifespan.run, redoc_url=None)
+    install(app)
+    if settings.adapters_root is None or not isinstance(backend, Service):
+        admin_keys = ()
+    routers = [state_routes(metrics, lifespan.refresh, lambda: lifespan.is_ready)]
+    routers += _backend_routers(backend, has_admin=bool(admin_keys))
+    for router in routers:
+        app.include_router(router)
+    # middleware; the last one added is the outermost
+    app.add_middleware(
+        Guard,
+        metrics=metrics,
+        keys=keys,
+        admin_keys=admin_keys,
+        bodies=_body_limits(settings),
+        rates=backend.rates if isinstance(backend, Service) else RateLimits(settings.requests_per_minute, None),
+        routes=[route for router in routers for route in router.routes],
+        logs=settings.log_format == "json",
+        tracing=tracing,
+    )
+    if settings.cors_origins:
+        methods = ["GET", "POST", "DELETE"]
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=methods, allow_headers=["*"]
+        )
+    return app
 
-    def refresh() -> None:
-        metrics.refresh(backend.engine if isinstance(backend, Service) else backend)
 
-    async def refreshing() -> None:
+class Lifespan:
+    """The application from its start to its end: the backend, the gauges, and whether /ready answers 200.
+
+    is_ready: True between the start of the backend and the begin of its stop
+    """
+
+    def __init__(
+        self, backend: Service | Upstream, settings: Settings, metrics: Metrics, tracing: Tracing | None
+    ) -> None:
+        self.backend, self.settings, self.metrics, self.tracing = backend, settings, metrics, tracing
+        self.is_ready = False
+
+    def refresh(self) -> None:
+        """Set the gauges."""
+        self.metrics.refresh(self.backend.engine if isinstance(self.backend, Service) else self.backend)
+
+    async def _refreshing(self) -> None:
         while True:
-            refresh()
+            self.refresh()
             await asyncio.sleep(REFRESH_SECONDS)
 
     @asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[None]:
-        nonlocal is_ready
+    async def run(self, app: FastAPI) -> AsyncIterator[None]:
+        """Context in which the application answers."""
         # start: the engine's thread, the signal handlers, then /ready answers 200
-        backend.start()
-        undo = stop_in_time(settings.drain, backend.give_up)
-        is_ready = True
-        task = asyncio.ensure_future(refreshing())
+        self.backend.start()
+        undo = stop_in_time(self.settings.drain, self.backend.give_up)
+        self.is_ready = True
+        task = asyncio.ensure_future(self._refreshing())
         try:
             yield
         finally:
             # stop: load balancers see /ready fail first; then what runs ends
-            is_ready = False
+            self.is_ready = False
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-            await backend.stop()
-            if tracing is not None:
-                await tracing.close()
+            await self.backend.stop()
+            if self.tracing is not None:
+                await self.tracing.close()
             undo()
             gc.unfreeze()  # undoes worker.build: libraries check at exit which objects are left
 
-    # routes
-    app = FastAPI(title="genai_pl", description="A language model.", lifespan=life, redoc_url=None)
-    install(app)
-    app.include_router(state_routes(metrics, refresh, lambda: is_ready))
-    if isinstance(backend, Service):
-        for routes in MODEL_ROUTES:
-            app.include_router(routes(backend))
-        if settings.adapters_root is None:
-            admin_keys = ()
-        elif admin_keys:
-            app.include_router(admin_routes(backend))
-    else:
-        app.include_router(proxy_routes(backend))
-    # middleware; the last one added is the outermost
-    limits = settings.limits
-    bodies = Bodies(
-        max_body=int(limits.max_body_mib * 2**20), max_values=max(MIN_BODY_VALUES, 2 * limits.max_input_tokens)
-    )
-    rates = backend.rates if isinstance(backend, Service) else RateLimits(settings.requests_per_minute, None)
-    logs = settings.log_format == "json"
-    options = {"bodies": bodies, "rates": rates, "logs": logs, "tracing": tracing}
-    app.add_middleware(Guard, metrics=metrics, keys=keys, admin_keys=admin_keys, **options)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
-        )
-    return app
+
+def _backend_routers(backend: Service | Upstream, *, has_admin: bool) -> list[APIRouter]:
+    """The routes of a model, perhaps with those that load adapters, or of another server."""
+    if not isinstance(backend, Service):
+        return [proxy_routes(backend)]
+    return [routes(backend) for routes in (*MODEL_ROUTES, *([admin_routes] if has_admin else []))]
+
+
+def _body_limits(settings: Settings) -> Bodies:
+    """The limits of request bodies, in bytes and in JSON values."""
+    max_values = max(MIN_BODY_VALUES, 2 * settings.limits.max_input_tokens)
+    return Bodies(max_body=int(settings.limits.max_body_mib * 2**20), max_values=max_values)

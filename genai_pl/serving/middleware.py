@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Sequence
 
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from genai_pl.serving.adapters import IN_USE, InUse
@@ -43,6 +43,7 @@ class Guard:
     admin_keys: keys of the paths below ADMIN_PATH, which no other key opens; empty where there are no such routes
     bodies: limits of request bodies, which are read completely before the application starts
     rates: limits of requests and tokens a minute, which requests that ask for work (POST) are counted by
+    routes: those of the application, for the names of requests that are refused before it
     logs: a line in the log for each request
     tracing: makes a span of each request, None for none
 
@@ -58,6 +59,7 @@ class Guard:
         keys: Sequence[str],
         bodies: Bodies,
         rates: RateLimits,
+        routes: Sequence[BaseRoute] = (),
         admin_keys: Sequence[str] = (),
         logs: bool = False,
         tracing: Tracing | None = None,
@@ -66,6 +68,7 @@ class Guard:
         self.metrics = metrics
         self.keys, self.admin_keys = ([key.encode() for key in each] for each in (keys, admin_keys))
         self.bodies, self.rates, self.logs, self.tracing = bodies, rates, logs, tracing
+        self.routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -108,12 +111,12 @@ class Guard:
         finally:
             self.bodies.release()
             adapters.release()
-            seconds = time.perf_counter() - start
-            self.metrics.answered(route_name(scope), status or CLIENT_GONE, seconds)
+            seconds, route, status = time.perf_counter() - start, route_name(scope, self.routes), status or CLIENT_GONE
+            self.metrics.answered(route, status, seconds)
             if trace is not None:
-                self.tracing.end(trace, route_name(scope), status or CLIENT_GONE)
+                self.tracing.end(trace, route, status)
             if self.logs:
-                fields = {"method": scope["method"], "route": route_name(scope), "status": status or CLIENT_GONE}
+                fields = {"method": scope["method"], "route": route, "status": status}
                 access.info("request", extra={"fields": {**fields, "seconds": round(seconds, 4)}})
 
     def _client(self, scope: Scope) -> str:
@@ -147,7 +150,12 @@ class Guard:
         return replay
 
 
-def route_name(scope: Scope) -> str:
-    """The path pattern of the route that answered, "other" for unknown paths: clients must not create metric labels."""
+def route_name(scope: Scope, routes: Sequence[BaseRoute] = ()) -> str:
+    """The path pattern of the route that answered, or would have: "other" for unknown paths, as clients must not create labels.
+
+    routes: looked through for a request that was refused before the application chose its route
+    """
     route: BaseRoute | None = scope.get("route")
+    if route is None:
+        route = next((one for one in routes if one.matches(scope)[0] is Match.FULL), None)
     return "other" if route is None else str(getattr(route, "path", "other"))

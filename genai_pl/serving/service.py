@@ -309,7 +309,8 @@ class Service:
                 f"the prompt has {n} tokens, the model reads at most {self.context} with what it writes: shorten it",
             )
         if config.max_new_tokens > self.context - n:
-            config = replace(config, max_new_tokens=self.context - n)
+            least = min(config.min_new_tokens, self.context - n)
+            config = replace(config, max_new_tokens=self.context - n, min_new_tokens=least)
         return replace(request, config=config)
 
 

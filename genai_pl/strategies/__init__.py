@@ -1,6 +1,6 @@
 """Strategies: sharding, tensor and pipeline parallelism, recomputation, float8, and the processes of a run."""
 
-from genai_pl.strategies.deepspeed import deepspeed
+from genai_pl.strategies.deepspeed import ZeroStrategy, deepspeed
 from genai_pl.strategies.float8 import float8
 from genai_pl.strategies.launcher import RankLauncher, follow_launcher, launched
 from genai_pl.strategies.pipeline import PipelineStrategy
@@ -12,6 +12,7 @@ __all__ = [
     "PipelineStrategy",
     "RankLauncher",
     "ShardedStrategy",
+    "ZeroStrategy",
     "choose_environment",
     "deepspeed",
     "float8",

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from genai_pl.distributed.dtensor import full_tensor_on_cpu
+from genai_pl.strategies.quantized_shards import full_codes_on_cpu, is_quantized_shard
 
 
 def gather_parameters(model: nn.Module) -> None:
@@ -30,7 +31,8 @@ def gather_parameters(model: nn.Module) -> None:
             if not isinstance(parameter, DTensor):
                 continue
             if parameter not in full_parameters:
-                full = full_tensor_on_cpu(parameter)
+                gather = full_codes_on_cpu if is_quantized_shard(parameter) else full_tensor_on_cpu
+                full = gather(parameter)
                 full_parameters[parameter] = nn.Parameter(full, requires_grad=parameter.requires_grad)
             if dist.get_rank() == 0:
                 setattr(module, name, full_parameters[parameter])

@@ -35,6 +35,7 @@ from genai_pl.peft.quantize import QuantizedLinear
 from genai_pl.strategies.context_parallel import check_sequences, split_sequences
 from genai_pl.strategies.expert_parallel import check_experts, expert_mesh, split_experts
 from genai_pl.strategies.fsdp_gather import gather_parameters, unsharded
+from genai_pl.strategies.quantized_shards import prepare_shards
 from genai_pl.strategies.tensor_parallel import check_split, split_model
 
 NAMES = ("batch", "context", "tensor")  # dimensions of the mesh that has context groups
@@ -230,15 +231,13 @@ class ShardedStrategy(ModelParallelStrategy):
         # inputs keep their dtype: positions in bfloat16 would be rounded
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         options, block_policy, ignored = {"mesh": mesh}, policy, []
-        # quantized weights are frozen, an eighth of their size, and dequantized by row: every rank holds them
-        quantized = [module.weight for module in model.modules() if isinstance(module, QuantizedLinear)]
         if self.precision_plugin.precision == "bf16-mixed":
             # norms, biases and routers stay unsharded: gathered with the rest of a block they would be rounded, and norms
             # compute in the dtype of their weight, while a rounded router sends tokens elsewhere
             routers = {module.weight for module in model.modules() if isinstance(module, Router)}
             ignored = [parameter for parameter in model.parameters() if parameter.ndim < 2 or parameter in routers]
             block_policy = replace(policy, param_dtype=torch.bfloat16)
-        ignored += quantized
+        ignored += prepare_shards(model, mesh.size(-1))
         options["ignored_params"] = set(ignored)
         if self.cpu_offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from genai_pl.atomic_io import ADAPTER, is_checkpoint, is_gguf
@@ -22,7 +21,7 @@ from genai_pl.data.loader import Collate
 from genai_pl.data.tokenizer import tokenizer_from_files
 from genai_pl.evaluation.embeddings import saved_sentence_head
 from genai_pl.loading import base_of, describe_gguf
-from genai_pl.models import build_model
+from genai_pl.models import build_empty
 from genai_pl.models.hf.folder import read_json
 from genai_pl.models.hf.transformers_config import ENDLESS, N_EMBD, N_POSITIONS
 from genai_pl.modules import BaseModule
@@ -112,9 +111,7 @@ def collator_of(config: DictConfig, objective: type[BaseModule], stored: StoredM
     if OmegaConf.is_missing(config.objective, "reward"):  # rows do not depend on it
         config = config.copy()
         config.objective.reward = "unused"
-    with torch.device("meta"):
-        model = build_model(model_config)
-    module = build_module(config, model, tokenizer)
+    module = build_module(config, build_empty(model_config), tokenizer)
     if objective.embeds:
         head = None
         if stored.path:

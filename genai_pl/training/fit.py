@@ -46,7 +46,7 @@ from genai_pl.models.hf.folder import write_json
 from genai_pl.modules import BaseModule
 from genai_pl.peft import adapters_of, save_adapter
 from genai_pl.signals import exit_status
-from genai_pl.strategies import ShardedStrategy
+from genai_pl.strategies import ShardedStrategy, ZeroStrategy
 from genai_pl.training.length import Length
 from genai_pl.training.precision import Precision
 from genai_pl.training.report import describe_seconds, final_lines
@@ -172,7 +172,7 @@ def finish(
                 logger.log_hyperparams(flat, metrics, step=run.trainer.global_step)
             logger.finalize("success")
         # a sharded model is gathered by all ranks, then written by one
-        if export and isinstance(run.trainer.strategy, ShardedStrategy):
+        if export and isinstance(run.trainer.strategy, (ShardedStrategy, ZeroStrategy)):
             run.trainer.strategy.gather()
         if export and run.trainer.is_global_zero:
             step = load_best(run) if export == "best" else run.trainer.global_step

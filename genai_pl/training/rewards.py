@@ -19,7 +19,7 @@ from torch import nn
 
 from genai_pl.data.columns import Place
 from genai_pl.data.prompt_tokens import Messages, Tools
-from genai_pl.data.stepwise import split_steps
+from genai_pl.data.steps import split_steps
 from genai_pl.data.tool_schemas import parse_tools
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.evaluation.preferences import reward_tokens

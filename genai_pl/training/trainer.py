@@ -29,6 +29,7 @@ from genai_pl.peft import adapters_of
 from genai_pl.strategies import (
     RankLauncher,
     ShardedStrategy,
+    ZeroStrategy,
     choose_environment,
     follow_launcher,
     recompute,
@@ -170,7 +171,7 @@ def build_callbacks(
         "interrupt": cb.Interrupt(),
     }
     # benchmarks: text is read and written by one process, which must hold the whole model for a while
-    gathers = not isinstance(strategy, ShardedStrategy) or strategy.gathers
+    gathers = not isinstance(strategy, (ShardedStrategy, ZeroStrategy)) or strategy.gathers
     spent = callbacks["monitor"].leave_out
     benchmarks = build_benchmarks(config, model, tokenizer, gathers=gathers, say=console.say, spent=spent)
     # checkpoints, the best of them, and an early end
@@ -276,7 +277,7 @@ def prepare_strategy(config: DictConfig, run: Run) -> None:
     """
     strategy = run.trainer.strategy
     strategy.connect(run.module)
-    if isinstance(strategy, ShardedStrategy):
+    if isinstance(strategy, (ShardedStrategy, ZeroStrategy)):
         strategy.check(run.module, rows=run.data.batch_size)
         check_schedule(config)
     if config.trainer.optimizer_in_backward:

@@ -4,10 +4,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.cluster.slurm import Cluster
+from tests.cluster.slurm import Cluster, wait_until
 from tests.conftest import ROOT
 from tests.strategies.processes import assert_equal_to_the_last_bit, write_documents
 
@@ -21,12 +23,13 @@ OPTIONS = (
     ),
 )
 TRAIN = (sys.executable, str(ROOT / "train.py"))
+PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # Ray may be in the second
 SCRIPT = ROOT / "deploy" / "slurm" / "train.sbatch"
 
 
 def environment(cluster: Cluster) -> dict[str, str]:
     """Variables of a training in the cluster."""
-    python = {"PYTHON": TRAIN[0], "TRAIN": TRAIN[1], "PYTHONPATH": str(ROOT)}
+    python = {"PYTHON": TRAIN[0], "TRAIN": TRAIN[1], "PYTHONPATH": PYTHONPATH}
     return {**cluster.environment, **python, "HF_HUB_OFFLINE": "1"}
 
 
@@ -37,12 +40,13 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
-def here(script: Path, folder: Path) -> Path:
-    """A shipped batch script for the nodes of the test: one task, no GPU, ten minutes."""
+def here(script: Path, folder: Path, *, time: str = "10", signal: str = "USR1@120") -> Path:
+    """A shipped batch script for the nodes of the test: one task, no GPU, other limits. time: minutes."""
     text = script.read_text(encoding="utf-8")
     text = re.sub(r"^#SBATCH --gpus.*\n", "", text, flags=re.M)
     text = re.sub(r"(--ntasks-per-node|--cpus-per-task)=\d+", r"\1=1", text)
-    text = re.sub(r"--time=\S+", "--time=00:10:00", text)
+    text = re.sub(r"--time=\S+", f"--time={time}", text)
+    text = re.sub(r"--signal=\S+", f"--signal={signal}", text)
     copied = folder / script.name
     copied.write_text(text, encoding="utf-8")
     return copied
@@ -50,7 +54,7 @@ def here(script: Path, folder: Path) -> Path:
 
 PLAIN = {  # variables of a training outside of Slurm; Ray waits until it has started on a busy machine
     **os.environ,
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": PYTHONPATH,
     "OMP_NUM_THREADS": "1",
     "RAY_raylet_start_wait_time_s": "300",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -79,32 +83,47 @@ class Sweep(NamedTuple):
         """Numbers of the jobs that have a checkpoint."""
         return [n for n in range(8) if any((self.path / str(n) / "checkpoints").glob("step=*.ckpt"))]
 
-    def finished(self) -> list[int]:
-        """Numbers of the jobs that have results."""
-        return [n for n in range(8) if (self.path / str(n) / "results.json").exists()]
+    def wait_for_checkpoints(self, count: int, seconds: float) -> None:
+        """Return when so many jobs have one; AssertionError with its output when the launcher ends before."""
 
-    def check(self, expected: Path) -> None:
-        """All jobs have ended, at least one of them continued a run, and each has the numbers of an undisturbed one."""
+        def saved_or_ended() -> bool:
+            return len(self.saved()) >= count or self.process.poll() is not None
+
+        wait_until(saved_or_ended, "jobs of the sweep", seconds=seconds)
+        assert self.process.poll() is None, self.process.communicate()[0]
+
+    def unfinished(self) -> list[int]:
+        """Numbers of the jobs that have a checkpoint and no results."""
+        return [n for n in self.saved() if not (self.path / str(n) / "results.json").exists()]
+
+    def check(self, expected: Path, lost: Collection[int]) -> None:
+        """All jobs have ended, those that were lost continued, and each has the numbers of an undisturbed one."""
         out, _ = self.process.communicate(timeout=1800)
         assert self.process.returncode == 0, out
-        logs = [(self.path / str(n) / "train.log").read_text(encoding="utf-8") for n in range(8)]
-        assert any("resuming " in log for log in logs)
+        for n in lost:
+            assert "resuming " in (self.path / str(n) / "train.log").read_text(encoding="utf-8"), n
         for n in range(8):
             assert_equal_to_the_last_bit(self.path / str(n), expected / str(n))
 
 
-def sweep(name: str, folder: Path, environment: dict[str, str], *launcher: str, python: str = sys.executable) -> Sweep:
-    """A sweep of eight jobs, which is going on."""
+@contextmanager
+def sweep(name: str, folder: Path, environment: dict[str, str], *launcher: str) -> Iterator[Sweep]:
+    """A sweep of eight jobs, which is going on; its launcher ends with the context."""
     grid = ("optimizer.lr=1e-3,3e-3", "seed=1,2,3,4", "trainer.max_steps=60", "callbacks.checkpoint.every_n_steps=5")
-    command = [python, TRAIN[1], "-m", *OPTIONS, "strategy=auto", *grid, *launcher, f"hydra.sweep.dir={name}"]
+    command = [*TRAIN, "-m", *OPTIONS, "strategy=auto", *grid, *launcher, f"hydra.sweep.dir={name}"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return Sweep(folder / name, subprocess.Popen(command, cwd=folder, env=environment, **streams))
+    with subprocess.Popen(command, cwd=folder, env=environment, **streams) as process:
+        try:
+            yield Sweep(folder / name, process)
+        finally:
+            if process.poll() is None:  # a test has failed
+                process.terminate()
 
 
 def undisturbed_sweep(folder: Path) -> Path:
     """The folder of the same sweep, one job after the other."""
     if not (folder / "undisturbed-sweep").exists():
-        done = sweep("undisturbed-sweep", folder, PLAIN)
-        out, _ = done.process.communicate(timeout=1800)
+        with sweep("undisturbed-sweep", folder, PLAIN) as done:
+            out, _ = done.process.communicate(timeout=1800)
         assert done.process.returncode == 0, out
     return folder / "undisturbed-sweep"

@@ -43,15 +43,22 @@ trainer.fit()
 """
 
 
+def is_job(pid: int, run: str) -> bool:
+    """Whether a process is the command of a job of a sweep."""
+    words = command_of(pid).split()
+    return f"hydra.run.dir='{run}'" in words and any(word.endswith("train.py") for word in words)
+
+
 def test_a_sweep_loses_a_worker_and_no_job(tmp_path: Path) -> None:
     folder = prepare(tmp_path)
-    running = sweep("sweep", folder, PLAIN, "hydra/launcher=ray")
-    wait_until(lambda: len(running.saved()) >= 3, "jobs of the sweep", seconds=1200)
-    jobs = [pid for pid in pids() if f"{folder}/sweep/" in command_of(pid) and "train.py" in command_of(pid)]
-    kill(parent_of(jobs[0]))  # the worker of Ray, with which its command ends
-    wait_until(lambda: not command_of(jobs[0]), "the command of the lost worker", seconds=10)
-    assert len(running.finished()) < 8
-    running.check(undisturbed_sweep(folder))
+    with sweep("sweep", folder, PLAIN, "hydra/launcher=ray") as running:
+        running.wait_for_checkpoints(3, seconds=600)
+        jobs = ((n, pid) for n in running.unfinished() for pid in pids() if is_job(pid, f"{folder}/sweep/{n}"))
+        lost, command = next(jobs)
+        kill(parent_of(command))  # the worker of Ray, with which its command ends
+        wait_until(lambda: not command_of(command), "the command of the lost worker", seconds=10)
+        assert lost in running.unfinished()
+        running.check(undisturbed_sweep(folder), {lost})
 
 
 def test_workers_of_ray_train_are_the_processes_of_a_run(tmp_path: Path) -> None:

@@ -1,12 +1,23 @@
 """Trainings and sweeps through a real Slurm of two nodes; skipped where Slurm is not installed."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.preemptions import length, preempted
-from tests.cluster.runs import OPTIONS, TRAIN, environment, prepare, sweep, torchrun, undisturbed_sweep
+from tests.cluster.preemptions import length, preempted, restarts
+from tests.cluster.runs import (
+    OPTIONS,
+    SCRIPT,
+    TRAIN,
+    environment,
+    here,
+    prepare,
+    sweep,
+    torchrun,
+    undisturbed_sweep,
+)
 from tests.cluster.slurm import Cluster, missing, running, wait_until
 from tests.strategies.processes import MODEL, assert_equal_to_the_last_bit
 
@@ -14,6 +25,17 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(missing()), reason=f"{missing()} is not installed: apt install slurm-wlm munge"),
 ]
+LONGER = 240  # steps of half a second
+SLOW = """\
+import time
+
+from lightning.pytorch.callbacks import Callback
+
+
+class Slow(Callback):
+    def on_train_batch_end(self, trainer, module, *_):
+        time.sleep(0 if module.window else 0.5)
+"""
 LOSSES = ("train/loss", "train/grad_norm", "val/loss")
 
 
@@ -62,12 +84,36 @@ def test_a_preempted_run_is_the_undisturbed_one(cluster: Cluster, folder: Path) 
     assert_equal_to_the_last_bit(run, folder / "undisturbed", MODEL, LOSSES)
 
 
+def test_a_run_longer_than_the_time_limit_is_the_undisturbed_one(cluster: Cluster, folder: Path) -> None:
+    steps = f"trainer.max_steps={LONGER}"
+    torchrun(folder, *OPTIONS, steps, "output_dir=unlimited")
+    run = folder / "limited"
+    script = here(SCRIPT, folder, time="2", signal="USR1@30")  # sent 30 to 90 s after the start
+    (folder / "slow.py").write_text(SLOW, encoding="utf-8")
+    variables = {**environment(cluster), "RUN": str(run)}
+    variables["PYTHONPATH"] = f"{folder}{os.pathsep}{variables['PYTHONPATH']}"
+    job = cluster.submit(str(script), *OPTIONS, steps, "+callbacks.slow._target_=slow.Slow", cwd=folder, env=variables)
+    state = cluster.wait(job, seconds=900)
+    log = (folder / f"slurm-{job}.log").read_text(encoding="utf-8")
+    assert state == "COMPLETED", log
+    assert "DUE TO TIME LIMIT" not in log
+    assert "Traceback" not in log
+    again = restarts(cluster, job)
+    assert again >= 1
+    assert log.count("stopped     by SIGUSR1") == again
+    assert (run / "train.log").read_text().count("resuming ") == again
+    assert_equal_to_the_last_bit(run, folder / "unlimited", MODEL, LOSSES)
+
+
 def test_a_sweep_loses_a_node_and_no_job(cluster: Cluster, folder: Path) -> None:
     launcher = ("hydra/launcher=slurm", "hydra.launcher.options.time=10")
-    running = sweep("sweep", folder, environment(cluster), *launcher)
-    wait_until(lambda: len(running.saved()) >= 3, "jobs of the sweep", seconds=300)
-    cluster.kill_node("node2")
-    wait_until(lambda: "down" in cluster.run("sinfo", "-hn", "node2", "-o", "%t"), "node2", seconds=60)
-    assert len(running.finished()) < 8
-    cluster.start_node("node2")
-    running.check(undisturbed_sweep(folder))
+    with sweep("sweep", folder, environment(cluster), *launcher) as running:
+        running.wait_for_checkpoints(3, seconds=600)
+        there = cluster.run("squeue", "--noheader", "--nodelist=node2", "--states=RUNNING", "--format=%K").split()
+        lost = {n for n in running.unfinished() if str(n) in there}
+        cluster.kill_node("node2")
+        wait_until(lambda: "down" in cluster.run("sinfo", "-hn", "node2", "-o", "%t"), "node2", seconds=60)
+        assert lost
+        assert lost <= set(running.unfinished())
+        cluster.start_node("node2")
+        running.check(undisturbed_sweep(folder), lost)

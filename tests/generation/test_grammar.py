@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,12 @@ SCHEMA = {
         "n": {"type": "integer", "maximum": 99},
     },
     "required": ["name", "old", "n"],
+    "additionalProperties": False,
+}
+LISTS = {
+    "type": "object",
+    "properties": {"a": {"type": "array", "items": {"type": "integer"}}},
+    "required": ["a"],
     "additionalProperties": False,
 }
 PATTERN = r"(a|bc)[0-9]{2}x?"
@@ -71,7 +78,7 @@ def test_every_text_matches_the_expression(small_model, byte_tokenizer, options)
 def test_json_is_what_the_schema_says(small_model, byte_tokenizer, form, tmp_path):
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     schema = json.dumps(SCHEMA) if form == "text" else str(tmp_path / "schema.json")
-    config = GenerationConfig(max_new_tokens=60, json_schema=schema, bad_words=[" ", "\n", "\t", "\r"])
+    config = GenerationConfig(max_new_tokens=150, json_schema=schema)
     generator = torch.Generator().manual_seed(0)
     for [text] in generate_text(small_model(), byte_tokenizer, ["a", "bcd", "e"], config, generator=generator):
         value = json.loads(text)
@@ -79,6 +86,50 @@ def test_json_is_what_the_schema_says(small_model, byte_tokenizer, form, tmp_pat
         assert value["name"] in ("Ann", "Bob")
         assert isinstance(value["old"], bool)
         assert value["n"] <= 99
+
+
+def test_a_text_that_turns_back_is_read_as_a_new_one(byte_tokenizer):
+    """Masks are those of a constraint that has read nothing else: llguidance's own rollback gives others here."""
+    n, t = {"type": "integer"}, {"type": "array", "items": {"enum": ["ab", "c"]}}
+    schema = {"type": "object", "properties": {"n": n, "t": t}, "required": ["n", "t"], "additionalProperties": False}
+    schema["x-guidance"] = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]+"}
+    texts = [b'{\t\t\t\n  "n"\n:9\n', b'{"n":13\n\n\r, ', b'{"n":13\n\n\r, "t"', b'{"n":13\n']
+    shared, *fresh = (
+        build_constraint(byte_tokenizer, json_schema=json.dumps(schema), regex=None) for _ in range(len(texts) + 1)
+    )
+    shared.begin(300)
+    for text, alone in zip(texts, fresh, strict=True):
+        alone.begin(300)
+        assert torch.equal(shared.allowed(list(text)), alone.allowed(list(text)))
+    assert shared.allowed(list(texts[1])).nonzero()[:, 0].tolist() == sorted(b' \t\n\r"')
+
+
+def test_what_json_dumps_writes_is_allowed(byte_tokenizer):
+    constraint = build_constraint(byte_tokenizer, json_schema=json.dumps(LISTS), regex=None)
+    constraint.begin(300)
+    for indent in (None, 1, 2, 4):
+        text = json.dumps({"a": [1, 23]}, indent=indent).encode()
+        assert all(constraint.allowed(list(text[:n]))[text[n]] for n in range(len(text)))
+        assert constraint.allowed(list(text))[byte_tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("liked", [" ", "\n", " \n\t\r"])
+def test_json_ends_although_blanks_are_the_likeliest(small_model, byte_tokenizer, liked):
+    """Whatever blanks a model prefers, each place between two parts has few of them."""
+    config = GenerationConfig(max_new_tokens=220, temperature=0, json_schema=json.dumps(SCHEMA))
+    bias = dict.fromkeys(liked.encode(), 100.0) | dict.fromkeys(b"0123456789", -50.0)
+    [[text]] = generate_text(small_model(), byte_tokenizer, ["x"], replace(config, logit_bias=bias))
+    assert set(json.loads(text)) == {"name", "old", "n"}
+    assert any(blank in text for blank in liked)
+
+
+def test_a_schema_may_set_its_own_blanks(byte_tokenizer):
+    for options, blanks in [({"whitespace_flexible": False}, b""), ({"whitespace_pattern": "\t+"}, b"\t")]:
+        constraint = build_constraint(
+            byte_tokenizer, json_schema=json.dumps({**LISTS, "x-guidance": options}), regex=None
+        )
+        constraint.begin(300)
+        assert constraint.allowed(list(b"{")).nonzero()[:, 0].tolist() == sorted(b'"' + blanks)
 
 
 def test_the_constraint_begins_after_the_prefix(small_model, byte_tokenizer):
@@ -94,6 +145,12 @@ def test_the_constraint_begins_after_the_prefix(small_model, byte_tokenizer):
         ({"json_schema": "nowhere.json"}, r"generation\.json_schema=nowhere\.json: neither a file nor"),
         ({"json_schema": "{broken"}, "neither a file nor a JSON schema"),
         ({"json_schema": '{"type": "nothing"}'}, r"generation\.json_schema: "),
+        ({"json_schema": '{"const": "\\ud800"}'}, r"generation\.json_schema: unexpected end of hex escape"),
+        ({"json_schema": '{"const": NaN}'}, r"generation\.json_schema: expected value"),
+        ({"json_schema": '{"x-guidance": 3}'}, r"generation\.json_schema: invalid type: integer"),
+        ({"json_schema": '{"x-guidance": {"whitespace": " "}}'}, r"generation\.json_schema: unknown field"),
+        ({"json_schema": '{"not":' * 100_000}, "nested too deeply|neither a file nor"),
+        ({"json_schema": '{"not":' * 150 + "{}" + "}" * 150}, "recursion limit"),
         ({"json_schema": "{}", "regex": "a"}, "give one of them"),
     ],
 )

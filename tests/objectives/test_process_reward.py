@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForTokenClassification
 
 from genai_pl.data import byte_tokenizer
-from genai_pl.data.stepwise import encode_steps, split_steps
+from genai_pl.data.steps import encode_steps, split_steps
 from genai_pl.objectives import IGNORED, SpecialTokens, StepCollator, process_reward_loss
 
 

@@ -5,8 +5,9 @@ import torch
 
 from genai_pl.kernels.mask import EVERYTHING
 from genai_pl.models import Decoder, ModelConfig, n_parameters
+from genai_pl.peft import lora
 from genai_pl.planning.cost_model import Layout, Share, memory, traffic
-from genai_pl.planning.count import activation_bytes, fake_tensors, keep_exact, stage_sizes
+from genai_pl.planning.count import activation_bytes, fake_tensors, keep_exact, quantized_weights, stage_sizes
 from tests.small_models import GPT, LLAMA
 
 PLAIN = {"product": None, "every": None, "kind": "full", "fused": False}
@@ -62,3 +63,26 @@ def test_interleaved_stages_wait_less_and_hold_more_micro_batches() -> None:
     block, (first, *_, last) = n_parameters(model.blocks[0]), stage_sizes(model, 2, 2)
     assert first[0] == 4 * block + n_parameters(model.embed) + n_parameters(model.position)
     assert last[0] == 4 * block + n_parameters(model.norm) + n_parameters(model.lm_head)
+
+
+def test_codes_are_planned_in_place_of_weights_and_sent_in_place_of_them() -> None:
+    # 0.5625 bytes a weight; the codes of two blocks are there at once, and one matrix in float32
+    with fake_tensors(torch.float32):
+        model = lora(
+            Decoder(ModelConfig(**{**LLAMA, "intermediate_size": 192})),
+            quantize="nf4",
+            target_modules=["q_proj"],
+            rank=4,
+        )
+        codes = quantized_weights(model)
+        assert activation_bytes(model, rows=1, seq_len=8, **PLAIN) > 0  # the layers run without memory
+    block = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 192 * 64
+    assert codes == (3 * block, block, 36 / 64, 192 * 64)
+    n = n_parameters(model)
+    share, layout = Share(weights=n, trained=0, largest=block + 128, **codes._asdict()), Layout(data=4, zero=3)
+    held = memory(share, layout, activations=0, loss=0)
+    assert held.weights == pytest.approx(((n - 3 * block) * 4 + 3 * block * 36 / 64) / 4)
+    assert held.gathered == 3 * 128 * 4 + 2 * block * 36 / 64
+    assert held.dequantized == 4 * 192 * 64
+    sent, _ = traffic(share, layout, tokens=8, n_layer=3, n_embd=64, passes=1, recomputed=0.0)
+    assert sent.n_bytes == pytest.approx(2 * 3 / 4 * ((n - 3 * block) * 4 + 3 * block * 36 / 64))

@@ -74,6 +74,24 @@ def test_every_request_and_token_is_counted(client) -> None:
     assert after["genai_pl_queue_running{}"] == after["genai_pl_queue_waiting{}"] == 0
 
 
+def test_what_is_refused_before_its_route_is_counted_under_it(tiny: Path) -> None:
+    from tests.serving.servers import make_service, serving
+
+    refused = [
+        ("POST", "/v1/chat/completions"),
+        ("GET", "/v1/responses/resp_1"),
+        ("GET", "/nowhere"),
+        ("PUT", "/generate"),
+    ]
+    with serving(make_service(tiny), keys=("right",)) as client:
+        for method, path in refused:
+            assert client.request(method, path, json={}).status_code == 401
+        counted = families(client.get("/metrics").text)
+    routes = ["/v1/chat/completions", "/v1/responses/{name}", "other"]
+    labels = [json.dumps({"route": route, "status": "401"}, sort_keys=True) for route in routes]
+    assert [counted[f"genai_pl_requests_total{label}"] for label in labels] == [1, 1, 2]
+
+
 def test_the_dashboard_asks_for_what_there_is(client) -> None:
     client.post("/generate", json={"prompt": "Once", "max_new_tokens": 2})
     there = {key.split("{")[0] for key in families(client.get("/metrics").text)}

@@ -80,6 +80,30 @@ def test_logprobs_are_those_of_the_model(ai, theirs) -> None:
         ids.append(int(expected.argmax()))
 
 
+def test_no_end_token_comes_before_min_tokens(ai, theirs) -> None:
+    model, tokenizer = theirs
+    eos, ids = tokenizer.eos_token_id, torch.tensor([list(b"Once")])
+    likely = {"sequence_bias": {(eos,): 100.0}, "do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+    options = {"model": "tiny", "prompt": "Once", "max_tokens": 12, "temperature": 0, "logit_bias": {str(eos): 100}}
+    for least, extra in [(1, {}), (5, {"min_tokens": 5}), (12, {"ignore_eos": True})]:
+        expected = model.generate(ids, min_new_tokens=0 if least == 1 else least, **likely)[0, 4:].tolist()
+        answer = ai.completions.create(**options, logprobs=0, extra_body={**extra, "return_tokens_as_token_ids": True})
+        assert answer.choices[0].logprobs.tokens == [f"token_id:{token}" for token in expected]
+        assert answer.usage.completion_tokens == len(expected)
+        assert answer.choices[0].finish_reason == ("length" if "ignore_eos" in extra else "stop")
+    chat = {"model": "tiny", "messages": HELLO, "max_tokens": 7, "logit_bias": {str(eos): 100}}
+    streamed = ai.chat.completions.create(
+        **chat, stream=True, stream_options={"include_usage": True}, extra_body={"ignore_eos": True}
+    )
+    assert list(streamed)[-1].usage.completion_tokens == 7
+    with pytest.raises(openai.UnprocessableEntityError, match=r"min_tokens=13: .* at most 12") as raised:
+        ai.completions.create(**options, extra_body={"min_tokens": 13})
+    assert raised.value.param == "min_tokens"
+    # a prompt that leaves less room than that: the context ends the answer
+    full = ai.completions.create(**{**options, "prompt": "x" * 120}, extra_body={"min_tokens": 12})
+    assert (full.choices[0].finish_reason, full.usage.completion_tokens) == ("length", 8)
+
+
 def test_the_chat_template_of_a_served_model_is_tried_once(tiny: Path, theirs, monkeypatch) -> None:
     from genai_pl.serving import tokenize_threads
     from tests.serving.servers import make_service, serving

@@ -18,7 +18,7 @@ SCHEMA = {
     "required": ["name", "n"],
     "additionalProperties": False,
 }
-DENSE = {str(token): -100 for token in b" \n\t\r"}  # a random model would write spaces for ever
+DENSE = {str(token): -100 for token in b" \n\t\r"}  # blanks would be most of a random model's JSON
 AS_SCHEMA = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
 
 
@@ -77,6 +77,24 @@ def test_any_json_object_and_one_of_some_texts(ai) -> None:
             assert ai.chat.completions.create(**sampled).choices[0].message.content in texts
 
 
+@pytest.mark.parametrize("liked", [" ", "\n", " \n\t\r"])
+def test_json_ends_although_blanks_are_the_likeliest(ai, liked: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["yes"]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    options = {"model": "tiny", "messages": HELLO, "max_tokens": 64, "temperature": 0}
+    options["logit_bias"] = dict.fromkeys(map(str, liked.encode()), 100)
+    [choice] = ai.chat.completions.create(response_format=form, **options).choices
+    assert (choice.finish_reason, json.loads(choice.message.content)) == ("stop", {"a": "yes"})
+    assert any(blank in choice.message.content for blank in liked)
+    chunks = ai.chat.completions.create(response_format=form, stream=True, **options)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == choice.message.content
+
+
 def test_a_token_can_be_all_there_is_or_never_be(ai) -> None:
     options = {"model": "tiny", "prompt": "Once", "max_tokens": 6, "temperature": 0}
     assert ai.completions.create(logit_bias={"97": 100}, **options).choices[0].text == "aaaaaa"
@@ -122,6 +140,15 @@ def test_two_forms_are_one_too_many(client) -> None:
     reply = client.post("/v1/completions", json=body)
     assert reply.status_code == 422
     assert "response_format and guided_regex: give one of them" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("lengths", [{"min_tokens": 2}, {"ignore_eos": True}])
+def test_a_form_ends_an_answer_when_it_is_complete(client, lengths: dict) -> None:
+    reply = client.post("/v1/completions", json={"prompt": "x", "guided_regex": "a", **lengths})
+    assert reply.status_code == 422
+    assert reply.json()["error"]["message"] == f"{next(iter(lengths))} and guided_regex: give one of them"
+    plain = client.post("/v1/completions", json={"prompt": "x", "guided_regex": "a", "min_tokens": 0}).json()
+    assert plain["choices"][0]["text"] == "a"
 
 
 def test_without_the_library_a_form_is_refused_and_the_rest_goes_on(client, monkeypatch: pytest.MonkeyPatch) -> None:

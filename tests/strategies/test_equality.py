@@ -22,7 +22,7 @@ MIXTURE = (
 )  # fmt: skip
 OBJECTIVES |= {"experts": MIXTURE, "experts_muon": (*MIXTURE, "optimizer=muon", "optimizer.lr=1e-3")}
 QLORA = ("model.n_embd=64", "peft=lora", "peft.quantize=nf4")
-OBJECTIVES["qlora"] = QLORA
+OBJECTIVES |= {"qlora": QLORA, "qlora_int8": (*QLORA, "peft.quantize=int8"), "qlora_dora": (*QLORA, "peft=dora")}
 STRATEGIES = {
     "ddp": ("trainer=ddp", HALF),
     "fsdp": ("trainer=fsdp", HALF),
@@ -70,12 +70,24 @@ def test_experts_and_their_loads_are_those_of_one_process(
     assert_same(run, expected, names=(*SAME, "train/expert_load", "train/expert_load/layer_1"))
 
 
+QLORA_RUNS = {
+    "file": ("qlora",),
+    "shards": ("qlora", "strategy.sharded_checkpoints=true"),
+    "int8": ("qlora_int8",),
+    "offloaded": ("qlora", "strategy.cpu_offload=true"),
+    "gathered once": ("qlora", "strategy.reshard_after_forward=false"),
+    "twice": ("qlora", "trainer.recompute=full"),
+    "dora": ("qlora_dora",),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("saved", [(), ("strategy.sharded_checkpoints=true",)], ids=["file", "shards"])
-def test_a_quantized_base_is_whole_on_every_rank_of_fsdp(saved: tuple[str, ...], folder: Path, reference) -> None:
-    expected, run = reference("qlora"), folder / f"qlora-fsdp-{len(saved)}"
-    options = (*QLORA, *STRATEGIES["fsdp"], *saved, "trainer.devices=2", f"hydra.run.dir={run}")
-    train(folder, *SMALL, *options, "trainer.max_steps=2")
+@pytest.mark.parametrize("name", QLORA_RUNS)
+def test_a_quantized_base_is_sharded_over_the_ranks_of_fsdp(name: str, folder: Path, reference) -> None:
+    objective, *options = QLORA_RUNS[name]
+    expected, run = reference(objective), folder / f"qlora-fsdp-{list(QLORA_RUNS).index(name)}"
+    given = (*OBJECTIVES[objective], *STRATEGIES["fsdp"], *options, "trainer.devices=2", f"hydra.run.dir={run}")
+    train(folder, *SMALL, *given, "trainer.max_steps=2")
     train(folder, f"resume={run.name}", "trainer.max_steps=4")
     names = ("train/loss", "train/grad_norm")
     assert_same(run, expected, names=names, exported="adapter/adapter_model.safetensors")

@@ -94,7 +94,6 @@ MISTAKES = {
     "trainer=fsdp precision=fp16": "does not support",
     "trainer=fsdp trainer.devices=4 strategy.replicate_size=3": "replicate_size (3) must divide",
     "trainer=fsdp strategy.async_checkpoints=true": "needs strategy.sharded_checkpoints=true",
-    "strategy=deepspeed": "strategy=deepspeed: the package is not installed",
     "trainer.recompute_every=0": "trainer.recompute_every=0",
 }
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-from genai_pl.data.stepwise import StepwiseDataModule, split_steps
+from genai_pl.data.steps import split_steps
+from genai_pl.data.stepwise import StepwiseDataModule
 from tests.conftest import TINY
 
 MODEL = ("model=llama", *TINY, "model.n_head=4", "data.batch_size=8", "optimizer.lr=1e-2", "objective=process_reward")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from genai_pl.config.enums import AttentionBackend, Shape
 from genai_pl.config.model import ModelConfig
 from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.models.build import Model, build_model
+from genai_pl.models.build import Model, build_empty
 from genai_pl.models.hf.config import generation_values, prefix_of, read_config, write_config
 from genai_pl.models.hf.families import Weight
 from genai_pl.models.hf.folder import TensorFiles, read_json, write_json, write_tensors
@@ -144,8 +144,7 @@ def _with_start(config: ModelConfig, folder: Path) -> ModelConfig:
 def _without_memory(config: ModelConfig, file: Path) -> Model:
     """The model on the meta device."""
     try:
-        with torch.device("meta"):  # no weight is drawn or stored
-            return build_model(config)
+        return build_empty(config)
     except (ConfigError, RuntimeError) as error:  # a tensor of more bytes than can be counted
         raise CheckpointError(f"{file}: {str(error).splitlines()[0]}") from None
 

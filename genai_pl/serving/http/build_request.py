@@ -11,7 +11,7 @@ from genai_pl.generation import check_bias
 from genai_pl.serving.answer_streams import Answer
 from genai_pl.serving.engine.request import Request
 from genai_pl.serving.errors import ApiError
-from genai_pl.serving.http.schemas import SAMPLING_FIELDS, Sampling
+from genai_pl.serving.http.schemas import SAMPLING_FIELDS, OpenAISampling, Sampling
 from genai_pl.serving.service import Service
 
 
@@ -45,6 +45,20 @@ def generation_config(
         except ConfigError as error:
             raise ApiError(422, str(error).removeprefix("generation."), param="logit_bias") from None
     return replace(config, stop=[*config.stop, *stop, *ends])
+
+
+def with_least_tokens(config: GenerationConfig, body: OpenAISampling) -> GenerationConfig:
+    """The config without end tokens in the first min_tokens, or in all of the answer with ignore_eos; ApiError 422 for too many.
+
+    A stop string ends an answer nevertheless. End tokens are left out, as in llama.cpp, where vLLM would draw one and go on.
+    """
+    least = config.max_new_tokens if body.ignore_eos else body.min_tokens
+    if least is None:
+        return config
+    if least > config.max_new_tokens:
+        most = f"an answer to this request has at most {config.max_new_tokens}"
+        raise ApiError(422, f"min_tokens={least}: {most}", param="min_tokens")
+    return replace(config, min_new_tokens=least)
 
 
 def deadline(service: Service, body: Sampling) -> float:

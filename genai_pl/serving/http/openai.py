@@ -16,7 +16,7 @@ from torch import Tensor
 
 from genai_pl.serving.answer_streams import Answer
 from genai_pl.serving.errors import ApiError, documented
-from genai_pl.serving.http.build_request import check_count, generation_config, submit_requests
+from genai_pl.serving.http.build_request import check_count, generation_config, submit_requests, with_least_tokens
 from genai_pl.serving.http.echo import completion_prompts, echoed
 from genai_pl.serving.http.rendering import json_answer, json_chunks
 from genai_pl.serving.http.responses import AnswerFormat, ChatFormat, CompletionFormat, header, usage
@@ -134,7 +134,7 @@ async def submit(
     token_limit: dict[str, object],
 ) -> list[Answer]:
     """n answers to each prompt, queued; arguments as for `respond`."""
-    config = generation_config(service, body, stop=body.stops, **token_limit)
+    config = with_least_tokens(generation_config(service, body, stop=body.stops, **token_limit), body)
     config = await while_connected(request.receive, apply_response_format(service, body, config))
     options = {"adapter": service.adapter_of(body.model), "n": body.n, "logprobs": answer_format.logprobs}
     return await submit_requests(service, body, prompts, config, **options)

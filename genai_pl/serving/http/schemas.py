@@ -26,6 +26,7 @@ INSTEAD = {
     "function_call": "tool_choice",
     "functions": "tools",
     "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
     "stop_sequences": "stop",
     "output_format": "output_config.format",
 }
@@ -131,12 +132,14 @@ class StreamOptions(BaseModel):
 
 
 class OpenAISampling(Sampling):
-    """Fields that /v1/completions and /v1/chat/completions share; guided_* and structured_outputs are vLLM's."""
+    """Fields that /v1/completions and /v1/chat/completions share; vLLM's are min_tokens, ignore_eos, guided_* and others."""
 
     model: Text | None = Field(None, description="the model's name, or an adapter's")
     max_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=2**31)] = 1
     stop: Stop | Annotated[Text, Field(min_length=1, max_length=256)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = Field(None, description="no end token before so many")
+    ignore_eos: bool = Field(False, description="whether no end token is drawn at all")
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: dict[str, object] | None = Field(None, description="type: text, json_object or json_schema")

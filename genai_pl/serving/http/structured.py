@@ -42,6 +42,10 @@ async def apply_response_format(service: Service, body: OpenAISampling, config: 
     param = constraints[0].param
     if len(constraints) > 1:
         raise ApiError(422, f"{param} and {constraints[1].param}: give one of them", param=param)
+    # a text that is complete can only end
+    if body.ignore_eos or body.min_tokens:
+        other = "ignore_eos" if body.ignore_eos else "min_tokens"
+        raise ApiError(422, f"{other} and {param}: give one of them", param=other)
     config = replace(config, **_constraint(constraints[0]))
     try:
         await service.prepare(config)
