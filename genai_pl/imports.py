@@ -4,7 +4,6 @@ Torch, Lightning and transformers make half a million objects while they are imp
 them again and again for garbage, which takes a third of the time of the imports.
 """
 
-import atexit
 import gc
 import os
 import signal
@@ -55,9 +54,3 @@ def collecting_later() -> Iterator[None]:
             gc.unfreeze()  # into the oldest generation
         if was_enabled:
             gc.enable()
-
-
-def end_quickly() -> None:
-    """Let the process end without looking for cycles among all that it has imported, which takes a second with torch."""
-    atexit.unregister(gc.freeze)
-    atexit.register(gc.freeze)

@@ -83,12 +83,3 @@ with ending_in_one_line():
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "stopped     by SIGINT\n")
-
-
-def test_a_process_that_ends_quickly_looks_for_no_cycles_in_what_it_has_imported() -> None:
-    script = (
-        "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 1000))\n"
-        "from genai_pl.imports import end_quickly; end_quickly(); end_quickly()"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stdout) == (0, "True\n")

@@ -32,7 +32,6 @@ from genai_pl.cli.quoting import check_flags, quote_argument
 from genai_pl.cli.schema import OPEN_MAPPINGS, SCHEMAS
 from genai_pl.config.redaction import redact, register_secret
 from genai_pl.errors import ConfigError, TrainingError, UserError, system_error, system_line
-from genai_pl.imports import end_quickly
 from genai_pl.plugins import import_plugins
 from genai_pl.ranks import n_started, started_by_srun
 from genai_pl.training.config_errors import check_bounds, check_choices, check_types, explain_config_error
@@ -158,7 +157,6 @@ def command(
             register()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
             wait_briefly()
-            end_quickly()
             hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
             try:
                 with record():
