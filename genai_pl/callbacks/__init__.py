@@ -5,6 +5,7 @@ from genai_pl.callbacks.benchmarks import Benchmarks
 from genai_pl.callbacks.best import BestCheckpoint, EarlyStop
 from genai_pl.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint
 from genai_pl.callbacks.checkpoint_files import newest_checkpoints, saved_at, step_of
+from genai_pl.callbacks.compilation import CompileProbe
 from genai_pl.callbacks.confusion import ConfusionPicture
 from genai_pl.callbacks.console import Console, duration
 from genai_pl.callbacks.divergence import Divergence, LossWatch
@@ -21,6 +22,7 @@ __all__ = [
     "AttentionProbe",
     "Benchmarks",
     "BestCheckpoint",
+    "CompileProbe",
     "ConfusionPicture",
     "Console",
     "Divergence",

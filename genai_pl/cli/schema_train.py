@@ -13,7 +13,7 @@ class TrainSchema:
     """Root of train.py: options without a group, and the groups.
 
     init_from: weights to start from. init_layers: how many of its layers, or which. resume: a run to go on with.
-    compile: torch.compile of every block. profile: a trace of a few steps. dry_run: estimate instead of training.
+    compile: torch.compile of blocks: auto, true, false. profile: a trace of a few steps. dry_run: estimate instead of training.
     optimized_metric: what a searching sweeper gets back.
     """
 
@@ -24,7 +24,7 @@ class TrainSchema:
     init_from: str | None = None
     init_layers: Any = None
     resume: str | None = None
-    compile: bool = False
+    compile: bool | str = "auto"
     profile: bool = False
     dry_run: bool = False
     model: Any = None

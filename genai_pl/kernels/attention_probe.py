@@ -92,16 +92,11 @@ def cached_choice(
 
     machine: the name of the GPU with the versions of its software.
     """
-    table, key = _read(file), f"{machine} {shape.key()}"
+    table, key = read_table(file), f"{machine} {shape.key()}"
     if (known := _as_choice(table.get(key))) is not None:
         return known._replace(reason=f"{known.reason}, as measured before")
     choice = choose(shape, device, clock=clock, attends=attends)
-    try:
-        text = json.dumps({**_read(file), key: choice._asdict()}, indent=1)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, lambda path: path.write_text(text, encoding="utf-8"))
-    except OSError:  # a read-only home, a full disk: the next run measures again
-        pass
+    add_entry(file, key, choice._asdict())
     return choice
 
 
@@ -128,7 +123,7 @@ def choose(
                 try:
                     times[name] = sum(clock(step) for step in _steps(attends[name], shape, device))
                 except Exception as error:
-                    fault = _first_line(error)
+                    fault = first_line(error)
             if fault is not None:
                 left_out[name] = fault
     if keep is not None:
@@ -148,11 +143,12 @@ def fault_of(attend: Attend, shape: ProbeShape, device: torch.device) -> str | N
         for kind, mask in masks.items():
             given = _given(shape, 2, SMALL, device)
             exact = _results(_reference, shape, given, mask, torch.float64)
-            errors = [_error(_results(other, shape, given, mask, shape.dtype), exact) for other in (attend, _reference)]
+            both = (_results(other, shape, given, mask, shape.dtype) for other in (attend, _reference))
+            errors = [relative_error(results, exact) for results in both]
             if not errors[0] <= WRONG * errors[1] + FLOOR:  # NaN too
                 return f"it is wrong on this GPU ({kind} rows: error {errors[0]:.1g}, eager code's {errors[1]:.1g})"
     except Exception as error:
-        return _first_line(error)
+        return first_line(error)
     return None
 
 
@@ -203,9 +199,9 @@ def machine_of(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)}, {versions},"
 
 
-def table_file() -> Path:
-    """The user's table of choices."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genai_pl" / "attention.json"
+def table_file(name: str = "attention") -> Path:
+    """The user's table of what probes of a name have found."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genai_pl" / f"{name}.json"
 
 
 def _masks(shape: ProbeShape, B: int, T: int, device: torch.device) -> dict[str, AttentionMask]:
@@ -241,10 +237,10 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, options: Sc
     return attention_with(q, k, v, mask, options, backend="reference")
 
 
-def _error(results: list[Tensor], exact: list[Tensor]) -> float:
-    """The largest relative error of some tensors."""
+def relative_error(results: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest relative error of some tensors; NaN if any is, which Python's max may pass over."""
     pairs = zip(results, exact, strict=True)
-    return max(((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)
+    return torch.stack([(a.double() - b).norm() / b.norm().clamp_min(1e-30) for a, b in pairs]).max().item()
 
 
 def _steps(attend: Attend, shape: ProbeShape, device: torch.device) -> list[Callable[[], None]]:
@@ -279,13 +275,24 @@ def _reason(order: tuple[str, ...], times: Mapping[str, float], shape: ProbeShap
     return f"{fastest} ({measured}; {passes}, {shape.describe()})"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error's kind and the first line of its message."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:200]
 
 
-def _read(file: Path) -> dict[str, object]:
-    """The table of choices, empty where there is none that can be read."""
+def add_entry(file: Path, key: str, entry: dict[str, object]) -> None:
+    """Write an entry into a table, beside those that others have written meanwhile."""
+    try:
+        text = json.dumps({**read_table(file), key: entry}, indent=1)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, lambda path: path.write_text(text, encoding="utf-8"))
+    except OSError:  # a read-only home, a full disk: the next run measures again
+        pass
+
+
+def read_table(file: Path) -> dict[str, object]:
+    """A table of what was found, empty where there is none that can be read."""
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

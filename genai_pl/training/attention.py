@@ -29,7 +29,7 @@ def attention_probe(
     """
 
     def shape() -> ProbeShape | None:
-        options = {"length": data.seq_len, "backward": True, "compiled": config.compile}
+        options = {"length": data.seq_len, "backward": True, "compiled": config.compile is True}
         return probe_shape(module.model, products_dtype(precision.lightning), **options)
 
     def keep(backends: tuple[str, ...]) -> None:

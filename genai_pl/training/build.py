@@ -21,11 +21,13 @@ from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.loading import load
 from genai_pl.models import Model
+from genai_pl.models.compile_choice import compile_blocks
 from genai_pl.modules import BaseModule
 from genai_pl.modules.base import n_replicas
 from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.peft import hold_base_in_16_bits
 from genai_pl.strategies import float8
+from genai_pl.training.compilation import check_compile
 from genai_pl.training.data_sources import build_data
 from genai_pl.training.environments import load_environment
 from genai_pl.training.fit import Run
@@ -69,6 +71,7 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
     # what can be refused before anything is read
     lengths = {name: config.trainer[name] for name in ("max_steps", "max_epochs")}
     check_length(**lengths, warmup_steps=config.scheduler.get("warmup_steps"))
+    check_compile(config)
     new_options = new_overrides(config)
     report_unused(config, new_options)
     objective = locate_target(config.objective._target_)
@@ -115,9 +118,9 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
     if objective.needs_teacher:
         module.use_teacher(build_teacher(module, tokenizer, in_16_bits=holds_in_16_bits))
     module.source_names = data.source_names
-    attention = None if contents is None else contents[MARK].get("attention")
+    stored = {} if contents is None else contents[MARK]
     trainer, callbacks = build_trainer(
-        config, folder, precision=precision, module=module, data=data, tokenizer=tokenizer, attention=attention
+        config, folder, precision=precision, module=module, data=data, tokenizer=tokenizer, stored=stored
     )
     data.prepare(tokenizer, module.collator)
 
@@ -157,9 +160,8 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
     )
     # built once here: mistakes show before the data are read
     module.make_optimizer(module.named_parameters_for_optimizer())
-    if config.compile:
-        for block in model.blocks:
-            block.compile()
+    if config.compile is True:
+        compile_blocks(model)
     return module
 
 

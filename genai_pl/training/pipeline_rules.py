@@ -10,7 +10,7 @@ def check_schedule(config: DictConfig) -> None:
     if config.strategy.get("schedule") != "zero_bubble":
         return
     options = config.trainer
-    joined = {"compile": config.compile, "trainer.recompute": options.recompute or options.recompute_every}
+    joined = {"compile": config.compile is True, "trainer.recompute": options.recompute or options.recompute_every}
     for name, value in joined.items():
         if value:
             raise ConfigError(

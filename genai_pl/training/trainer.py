@@ -37,6 +37,7 @@ from genai_pl.strategies import (
 )
 from genai_pl.training.attention import attention_probe
 from genai_pl.training.benchmarks import build_benchmarks
+from genai_pl.training.compilation import compile_probe
 from genai_pl.training.fit import Run
 from genai_pl.training.hydra_job import rank_command
 from genai_pl.training.length import (
@@ -89,12 +90,12 @@ def build_trainer(
     module: BaseModule,
     data: RowsDataModule,
     tokenizer: "PreTrainedTokenizerBase",
-    attention: object = None,
+    stored: Mapping[str, object],
 ) -> tuple[L.Trainer, dict[str, L.Callback]]:
     """The Trainer, and our callbacks by their names in `Run`; ConfigError for arguments that Lightning refuses.
 
     folder: the run folder. precision: what products are computed in. module, data, tokenizer: for callbacks that sample
-    text and count FLOPs. attention: the order of backends in the checkpoint of a resumed run.
+    text and count FLOPs. stored: what the checkpoint of a resumed run holds of ours; empty for a new one.
     """
     follow_launcher()
     # the options of `trainer`, without those that Lightning does not know or that have no effect
@@ -122,14 +123,19 @@ def build_trainer(
             raise ConfigError(f"callbacks.extra.{name}: no callback, for it has no _target_ that names its class")
     extra_callbacks = [*instantiate(config.callbacks.extra).values(), *([cb.Profile(folder)] if config.profile else [])]
     extra_callbacks += [cb.ConfusionPicture()] if module.labelled else []
-    probe = attention_probe(config, precision, module, data, callbacks, stored=attention)
+    # attention first: the compiled block has its choice
+    probes: list[L.Callback] = [
+        attention_probe(config, precision, module, data, callbacks, stored=stored.get("attention"))
+    ]
+    compiling = compile_probe(config, strategy, precision, module, data, callbacks, stored=stored.get("compile"))
+    probes += [compiling] if compiling else []
     try:
         trainer = L.Trainer(
             **options,
             precision=precision.lightning,
             strategy=strategy,
             logger=[instantiate(node, at="logger") for node in loggers],
-            callbacks=[*callbacks.values(), cb.Divergence(), probe, *extra_callbacks],
+            callbacks=[*callbacks.values(), cb.Divergence(), *probes, *extra_callbacks],
             plugins=[cb.AtomicCheckpointIO(callbacks["checkpoints"].written), choose_environment()],
             default_root_dir=str(folder),
             num_sanity_val_steps=0,
