@@ -250,6 +250,16 @@ class ZeroStrategy(DeepSpeedStrategy):
             engine._lazy_init_hp_params_optimizer_state()
 
 
+def check_stage(stage: int, *, offload_parameters: bool) -> None:
+    """ConfigError for a stage that ZeRO has not, or one without the parts that are to be kept in RAM."""
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"strategy.stage={stage}: ZeRO has stages 1, 2 and 3")
+    if offload_parameters and stage != 3:
+        raise ConfigError(
+            f"strategy.offload_parameters=true needs strategy.stage=3, not {stage}, where all have all weights"
+        )
+
+
 def deepspeed(*, stage: int, offload_optimizer: bool, offload_parameters: bool) -> Strategy:
     """The DeepSpeed strategy; ConfigError where the package is not installed.
 
@@ -258,8 +268,7 @@ def deepspeed(*, stage: int, offload_optimizer: bool, offload_parameters: bool) 
     """
     if find_spec("deepspeed") is None:
         raise ConfigError(f"{OPTION}: the package is not installed; pip install deepspeed, or strategy=fsdp")
-    if stage not in (1, 2, 3):
-        raise ConfigError(f"strategy.stage={stage}: ZeRO has stages 1, 2 and 3")
+    check_stage(stage, offload_parameters=offload_parameters)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it finds by itself, with a warning
     warnings.filterwarnings("ignore", "Since DeepSpeed handles gradient clipping", UserWarning)  # so does ours
