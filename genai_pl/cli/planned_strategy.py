@@ -10,7 +10,7 @@ from genai_pl.models import Model
 from genai_pl.modules import BaseModule
 from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.strategies import ShardedStrategy
-from genai_pl.strategies.deepspeed import ELEMENTWISE, OPTION, check_stage
+from genai_pl.strategies.deepspeed import ELEMENTWISE, OPTION, check_codes, check_stage
 from genai_pl.training.pipeline_rules import check_schedule
 from genai_pl.training.targets import instantiate
 
@@ -54,6 +54,7 @@ def planned_module(objective: type[BaseModule], model: Model) -> BaseModule:
 def _check_zero(config: DictConfig, module: BaseModule) -> None:
     """ConfigError for what `ZeroStrategy` refuses; its package need not be here."""
     check_stage(config.strategy.stage, offload_parameters=config.strategy.offload_parameters)
+    check_codes(module.model, config.strategy.stage == 3)
     if isinstance(module, PolicyGradientModule):
         raise ConfigError(f"{OPTION}: an objective that writes while it trains steps by itself; strategy=fsdp")
     optimizer, names = config.optimizer._target_.rpartition(".")[2], [kind.__name__.lower() for kind in ELEMENTWISE]

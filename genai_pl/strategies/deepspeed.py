@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from genai_pl.errors import ConfigError
+from genai_pl.peft.quantize import QuantizedLinear
 
 OPTION = "strategy=deepspeed"
 ELEMENTWISE = (Adam, AdamW, SGD)  # optimizers that may see all weights of a rank as one vector
@@ -51,6 +52,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             raise ConfigError(f"{OPTION}: an objective that writes while it trains steps by itself; strategy=fsdp")
         if self.precision_plugin.precision.startswith("16"):
             raise ConfigError(f"{OPTION}: precision=fp16 is not supported; precision=bf16")
+        check_codes(module.model, self.zero_stage_3)
         module.strategy_clips = True
 
     def setup_environment(self) -> None:
@@ -248,6 +250,12 @@ class ZeroStrategy(DeepSpeedStrategy):
         if not self.zero_stage_3 and self._torch_optimizer.state:
             engine._hp_optimizer_states_linked = False
             engine._lazy_init_hp_params_optimizer_state()
+
+
+def check_codes(model: nn.Module, divides_weights: bool) -> None:
+    """ConfigError for a quantized base whose codes the engine would take for a weight, and cut as one flat vector."""
+    if divides_weights and any(isinstance(layer, QuantizedLinear) for layer in model.modules()):
+        raise ConfigError(f"peft.quantize: {OPTION} divides no codes: strategy.stage=2, or strategy=fsdp, which does")
 
 
 def check_stage(stage: int, *, offload_parameters: bool) -> None:

@@ -192,6 +192,7 @@ REFUSED = (
     ((*ZERO, "strategy.offload_parameters=true"), "strategy.offload_parameters=true needs strategy.stage=3"),
     ((*ZERO, "optimizer=muon"), "optimizer=adam, adamw, sgd"),
     ((*ZERO, "optimizer.moments=int8"), "optimizer=adam, adamw, sgd"),
+    ((*ZERO, "strategy.stage=3", "peft=lora", "peft.quantize=nf4"), "strategy=deepspeed divides no codes"),
     ((*ZERO, "objective=grpo"), "an objective that writes while it trains"),
     ((*PIPELINE, "strategy.microbatches=3"), "data.batch_size (8) must be a multiple of strategy.microbatches (3)"),
     ((*PIPELINE, "objective=dpo"), "strategy=pipeline is for clm"),
