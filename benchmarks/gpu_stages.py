@@ -208,6 +208,9 @@ def cross_entropy_time(options: argparse.Namespace, loss: Callable, N: int, C: i
 # commands
 
 
+TINY_RUN = ["tokenizer=byte", "model.n_layer=1", "model.max_seq_len=32", "data.batch_size=2"]
+
+
 def training(options: argparse.Namespace) -> Iterator[Case]:
     models = ["gpt_nano"] if options.interpret else ["gpt", "llama_1b"]
     for model in models:
@@ -226,7 +229,7 @@ def training_rate(options: argparse.Namespace, model: str, compiled: bool) -> Fi
             f"compile={str(compiled).lower()}",
         ]
         command += ["trainer.limit_val_batches=0", "callbacks.samples.every_n_steps=null", "callbacks.export=false"]
-        command += [] if options.interpret else ["precision=bf16"]
+        command += TINY_RUN if options.interpret else ["precision=bf16"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=options.end - time.monotonic())
         if done.returncode:
             raise RuntimeError((done.stderr or done.stdout).strip().splitlines()[-1])

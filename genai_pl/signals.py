@@ -6,6 +6,7 @@ in a collective by a process that has died, and ends the process when the period
 """
 
 import math
+import multiprocessing
 import os
 import select
 import signal
@@ -240,14 +241,15 @@ def _try(action: Callable[[], object]) -> None:
     thread.join(timeout=1.0)
 
 
-def outlive_signals(worker: int) -> None:
-    """Worker start function: a data-loading process ends by a signal only after the run has had its grace period.
+def when_parent_ends(then: Callable[[], object]) -> None:
+    """Call a function in a thread of this process of multiprocessing when the process that started it has ended, even by SIGKILL.
 
-    Launchers send signals to all processes of a run. SIGALRM, which has no handler, ends the worker if nobody else does.
+    Its parent's number does not tell: under "forkserver" (Python 3.14's default on Linux) that is a server, which lives
+    as long as the processes that it has forked.
     """
-    seconds = math.ceil(grace_period()) + 5
-    for signum in SIGNALS:
-        signal.signal(signum, lambda *_: signal.alarm(seconds))
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), then()), name="parent", daemon=True).start()
 
 
 def _forget_in_child() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from genai_pl.data.packing import KeyedExamples
+from genai_pl.data.worker_start import worker_start
 from genai_pl.errors import DataError
-from genai_pl.signals import outlive_signals
 
 Batch = dict[str, Tensor]
 Collate = Callable[[list], Batch]
@@ -130,7 +130,7 @@ class EpochLoader:
             num_workers=plan.workers,
             pin_memory=plan.pin_memory,
             persistent_workers=False,
-            worker_init_fn=outlive_signals,
+            worker_init_fn=worker_start(),
             generator=torch.Generator().manual_seed(plan.seed),  # the default draws from the global generator
         )
         # the next `iter` begins epoch 0, or resumes where load_state_dict set it

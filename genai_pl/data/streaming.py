@@ -18,9 +18,9 @@ from genai_pl.data.loader import Batch, BatchPlan, Collate, with_window_targets
 from genai_pl.data.packing import Packer
 from genai_pl.data.tokenize import CHUNK, chunk_encoder, encode_batch, find_split
 from genai_pl.data.tokenizer import end_token
+from genai_pl.data.worker_start import worker_start
 from genai_pl.errors import CheckpointError, DataError
 from genai_pl.objectives.collate import Example
-from genai_pl.signals import outlive_signals
 
 if TYPE_CHECKING:
     import datasets
@@ -245,7 +245,7 @@ class StreamLoader:
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=plan.workers,
-            worker_init_fn=outlive_signals,
+            worker_init_fn=worker_start(),
             generator=torch.Generator().manual_seed(plan.seed),
         )
         states: list[tuple[int, dict]] = []

@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar
 
+from genai_pl.data.worker_start import end_with_run
 from genai_pl.errors import ConfigError
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -29,7 +30,7 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], proc
     from multiprocessing import get_context
 
     items = iter(items)
-    with ProcessPoolExecutor(processes, mp_context=get_context(), initializer=_use_one_thread) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context(), initializer=_start) as pool:
         try:
             waiting = deque(pool.submit(function, item) for item in islice(items, processes * AHEAD))
             while waiting:
@@ -44,6 +45,7 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], proc
             pool.shutdown(cancel_futures=True)
 
 
-def _use_one_thread() -> None:
-    """Let the tokenizer of a process use one thread: the processes share the cores."""
+def _start() -> None:
+    """End with the run, and let the tokenizer use one thread: the processes share the cores."""
+    end_with_run()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

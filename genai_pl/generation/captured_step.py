@@ -14,12 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from genai_pl.config.enums import AttentionKind
 from genai_pl.distributed.dtensor import is_dtensor
 from genai_pl.kernels import positions_from_segments
 from genai_pl.kernels.attention import log_once
 from genai_pl.models import Decoder
-from genai_pl.models.fused_decode import POSITIONS
+from genai_pl.models.fused_decode import has_uniform_steps
 from genai_pl.models.kv_cache import KVCache
 
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
@@ -57,14 +56,9 @@ def gpu_seconds(run: Callable[[], object]) -> float:
 
 def capturable(model: object) -> bool:
     """True if the steps of a model with a `KVCache` can be recorded: every tensor has one size, and one process computes."""
-    if type(model) is not Decoder or model.fused is not None:
+    if not has_uniform_steps(model) or model.fused is not None:
         return False
-    config = model.config
-    alike = (
-        config.position in POSITIONS and config.attention_kind is AttentionKind.full and set(model.windows) == {None}
-    )
-    whole = model.virtual is None and not any(is_dtensor(p) for p in model.parameters())
-    return alike and whole and not config.n_experts
+    return not any(is_dtensor(p) for p in model.parameters())
 
 
 class StaticColumns:

@@ -224,20 +224,28 @@ def prepare_for_decoding(
     return is_fused
 
 
+def has_uniform_steps(model: object) -> bool:
+    """True for a decoder whose every step is the same operations on other numbers: what fusing and recording both need.
+
+    Positions are no distances between columns, and a token sees all columns of the cache and passes all weights.
+    """
+    if type(model) is not Decoder:
+        return False
+    c = model.config
+    sees_all = c.attention_kind is AttentionKind.full and set(model.windows) == {None} and model.virtual is None
+    return c.position in POSITIONS and sees_all and not c.n_experts
+
+
 def supports_fused_decode(model: nn.Module, *, inner: Callable[[nn.Module], nn.Module] = lambda layer: layer) -> bool:
     """True if `FusedForward` computes what this model does: a pre-norm decoder of Llama's or GPT-2's kind.
 
     Every layer must be a bare `nn.Linear`: an adapter around one would be passed over. inner: of a layer, what is asked
     instead, for a model whose adapters will be merged.
     """
-    if type(model) is not Decoder:
+    if not has_uniform_steps(model):
         return False
     c = model.config
-    if c.position not in POSITIONS or c.norm_order is not NormOrder.pre or c.attention_kind is not AttentionKind.full:
-        return False
-    if c.n_experts or c.qk_norm_joint:
-        return False
-    if set(model.windows) != {None} or c.share_layers or model.virtual is not None:
+    if c.norm_order is not NormOrder.pre or c.qk_norm_joint or c.share_layers:
         return False
     if any(type(block.mlp) not in (MLP, GatedMLP) for block in model.blocks):
         return False

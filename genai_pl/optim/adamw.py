@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from genai_pl.optim.checks import check, choose
+from genai_pl.optim.checks import check
 from genai_pl.optim.groups import NamedParameters, decay_groups
-from genai_pl.optim.narrow_adam import KINDS, NarrowAdam, widened
+from genai_pl.optim.moments import narrow_kind, widened
+from genai_pl.optim.narrow_adam import NarrowAdam
 
 
 def adamw(
@@ -68,21 +69,18 @@ def _build(
 ) -> torch.optim.Adam:
     """The optimizer of either kind, with checked options, decay groups and a decision about the fused kernel per group."""
     check("optimizer", lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    if moments is not None:
-        choose("optimizer.moments", moments, dict.fromkeys(KINDS))
     groups = decay_groups(named_parameters, weight_decay)
-    dtypes = {parameter.dtype for group in groups for _, parameter in group["params"]}
+    narrow = narrow_kind(moments, groups)
     for group in groups:
         group["fused"] = has_fused_kernel(group["params"]) if fused is None else fused
     # a tuple, since the list class of OmegaConf would make checkpoints unreadable with weights_only=True
     options = {"lr": lr, "betas": tuple(betas), "eps": eps}
-    if moments is None or (moments == "fp32" and dtypes == {torch.float32}):
+    if narrow is None:
         optimizer = kind(groups, **options)
         optimizer.register_load_state_dict_pre_hook(lambda _, state: widened(state))  # of a run with moments in 8 bits
     else:
-        optimizer = NarrowAdam(
-            groups, kind=moments, **options, decoupled_weight_decay=issubclass(kind, torch.optim.AdamW)
-        )
+        decoupled = issubclass(kind, torch.optim.AdamW)
+        optimizer = NarrowAdam(groups, kind=narrow, **options, decoupled_weight_decay=decoupled)
     # A fused step would unscale fp16 gradients itself, after clipping has seen them scaled; Lightning refuses to clip
     # then, in bf16 too. Let GradScaler unscale first, as for every other optimizer.
     optimizer._step_supports_amp_scaling = False

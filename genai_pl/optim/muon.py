@@ -7,19 +7,30 @@ the full matrix: sharded ones are gathered, several at a time, and each rank ort
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from genai_pl.distributed.dtensor import is_dtensor, local_shard, map_across_ranks, shard_like
+from genai_pl.distributed.dtensor import is_dtensor, local_shard, map_across_ranks, shard_like, with_shard
 from genai_pl.errors import ConfigError
 from genai_pl.kernels.cpu_products import bf16_products_pay
 from genai_pl.optim.adamw import has_fused_kernel
 from genai_pl.optim.checks import check, choose
 from genai_pl.optim.groups import EXPERTS, Group, NamedParameters, decay_groups, is_matrix, trainable
+from genai_pl.optim.moments import (
+    check_kind,
+    closure_loss,
+    narrow_kind,
+    narrowed,
+    restore_moments,
+    steps_taken,
+    wide_moments,
+    widened,
+)
+from genai_pl.optim.narrow_adam import NarrowAdam
 
 # parts of the names of tables that are looked up, and of scores that no hidden state is multiplied with
 NOT_HIDDEN = ("embed", "lm_head", "position", "types", "relative")
@@ -44,6 +55,7 @@ def muon(
     betas: Sequence[float],
     eps: float,
     weight_decay: float,
+    moments: str | None = None,
 ) -> "MuonAdamW":
     """Muon at `lr` for matrices between the embeddings and the head, AdamW at `adam_lr` (None: `lr`) for the rest.
 
@@ -51,6 +63,7 @@ def muon(
     adjust_lr: factor by a matrix's size: match_rms_adamw, with which one lr suits both, or original
     betas, eps: of AdamW
     weight_decay: decoupled, of matrices under both
+    moments: fp32, bf16 or int8, in which Muon's momentum and AdamW's moments are kept; None: the dtype of the weights
     """
     choose("optimizer.adjust_lr", adjust_lr, ADJUST_LR)
     if adam_lr is None and adjust_lr == "original":
@@ -70,7 +83,7 @@ def muon(
     for group in decay_groups(rest, weight_decay) if rest else []:
         fused = has_fused_kernel(group["params"])
         groups.append({**group, **others, "name": f"other_{group['name']}", "fused": fused})
-    return MuonAdamW(groups)
+    return MuonAdamW(groups, kind=narrow_kind(moments, groups))
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -110,14 +123,21 @@ class MuonAdamW(Optimizer):
     """Steps groups of `algorithm` muon (Jordan 2024) and adamw; each keeps its own `lr`, which schedulers scale.
 
     groups: parameter groups with a key `algorithm` and the options of that algorithm
+    kind: of moments, as of `NarrowOptimizer`; None: in the dtype of the weights
 
     One optimizer with one state, so that checkpoints, schedules and loss scaling treat it as any other. An inner torch
     AdamW shares the adamw groups and the state.
     """
 
-    def __init__(self, groups: list[Group]) -> None:
+    def __init__(self, groups: list[Group], *, kind: str | None = None) -> None:
+        self.kind = kind
         super().__init__(groups, defaults={})
+        if kind is not None:
+            check_kind(self, kind)
         self._share()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**super().__getstate__(), "kind": self.kind}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
@@ -126,17 +146,26 @@ class MuonAdamW(Optimizer):
     def _share(self) -> None:
         """Let an inner AdamW step the adamw groups on the shared state."""
         groups = [group for group in self.param_groups if group["algorithm"] == "adamw"]
-        self._adamw = torch.optim.AdamW(groups) if groups else None
+        self._adamw = None
+        if groups and self.kind is not None:
+            self._adamw = NarrowAdam(groups, kind=self.kind, decoupled_weight_decay=True)
+        elif groups:
+            self._adamw = torch.optim.AdamW(groups)
         if self._adamw is not None:
             self._adamw.state = self.state
+
+    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
+        """Load a state whose moments are of any kind."""
+        if self.kind is None:
+            super().load_state_dict(widened(state_dict))
+        else:
+            super().load_state_dict({**state_dict, "state": {}})
+            restore_moments(self, state_dict, self.kind)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """The closure's loss, after one step of every group."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = closure_loss(closure)
         for group in self.param_groups:
             if group["algorithm"] == "muon":
                 self._step_matrices([p for p in group["params"] if p.grad is not None], group)
@@ -177,8 +206,17 @@ class MuonAdamW(Optimizer):
 
     def _update(self, parameter: Tensor, group: Group) -> Tensor:
         """The momentum of a matrix after this step; with `nesterov`, a step ahead."""
-        state = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        mean = state["momentum_buffer"].lerp_(parameter.grad, 1.0 - group["momentum"])
-        return parameter.grad.lerp(mean, group["momentum"]) if group["nesterov"] else mean
+        state, name = self.state[parameter], "momentum_buffer"
+        if self.kind is None:
+            if name not in state:
+                state[name] = torch.zeros_like(parameter)
+            mean, gradient = state[name], parameter.grad
+        else:
+            (mean,), gradient = wide_moments(state, parameter, name), local_shard(parameter.grad).float()
+        mean.lerp_(gradient, 1.0 - group["momentum"])
+        update = gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
+        if self.kind is None:
+            return update
+        state["step"] = steps_taken(state, parameter) + 1
+        state |= narrowed(name, mean, parameter, state["step"], self.kind)
+        return with_shard(update, parameter)

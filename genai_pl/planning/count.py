@@ -25,8 +25,8 @@ from genai_pl.models.attention import Attention
 from genai_pl.models.experts import Experts
 from genai_pl.models.flops import multiplied
 from genai_pl.models.transformer import Transformer
+from genai_pl.optim.moments import moment_bytes
 from genai_pl.optim.muon import is_hidden_matrix
-from genai_pl.optim.narrow_adam import moment_bytes
 from genai_pl.peft.quantize import Quantized, QuantizedLinear
 from genai_pl.planning.activation_memory import ResultBytes, saved_tensor_bytes
 from genai_pl.planning.cost_model import Layout
@@ -272,14 +272,13 @@ def moments(optimizer: str, model: Model, kind: str | None = None, *, weight_byt
 
     kind: of `optimizer.moments`; int8 adds a scale of four bytes per block of a row, and keeps small weights in float32
     """
-    if kind is not None:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        return sum(moment_bytes(p, kind) for p in trained) / sum(p.numel() for p in trained) / weight_bytes
-    if optimizer != "muon":
-        return MOMENTS.get(optimizer, 2.0)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = sum(p.numel() for name, p in trained if is_hidden_matrix(name, p))
-    return 2.0 - matrices / sum(p.numel() for _, p in trained)
+    total = sum(p.numel() for _, p in trained)
+    single = {p for name, p in trained if optimizer == "muon" and is_hidden_matrix(name, p)}  # with momentum alone
+    if kind is not None:
+        n = {p: 1 if p in single or optimizer == "sgd" else 2 for _, p in trained}
+        return sum(moment_bytes(p, kind, n=n[p]) for _, p in trained) / total / weight_bytes
+    return MOMENTS.get(optimizer, 2.0) - sum(p.numel() for p in single) / total
 
 
 def training_flops(model: Model, config: ModelConfig, seq_len: int, *, recomputed: float) -> float:

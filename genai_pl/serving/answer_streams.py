@@ -53,33 +53,41 @@ def request_key(model: str, request: "Request") -> str:
     return key_of(model, request.input_ids, vars(request.config), seed, request.logprobs)
 
 
-class RecordingStream:
+class WrappedAnswer:
+    """An answer around another one, which a subclass reads in its `__aiter__`."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.answer.finish_reason
+
+    @property
+    def n_generated(self) -> int:
+        return self.answer.n_generated
+
+    @property
+    def n_cached(self) -> int:
+        return self.answer.n_cached
+
+    def cancel(self) -> None:
+        self.answer.cancel()
+
+
+class RecordingStream(WrappedAnswer):
     """An engine's stream that hands the encoded answer to `keep` once the last output is read.
 
     An answer that is cancelled, late or failed is not kept, nor one whose reader leaves before the end.
     """
 
     def __init__(self, stream: "TokenStream", keep: Callable[[bytes], Awaitable[None]]) -> None:
-        self.stream, self.keep = stream, keep
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self.stream.finish_reason
-
-    @property
-    def n_generated(self) -> int:
-        return self.stream.n_generated
-
-    @property
-    def n_cached(self) -> int:
-        return self.stream.n_cached
-
-    def cancel(self) -> None:
-        self.stream.cancel()
+        super().__init__(stream)
+        self.keep = keep
 
     async def __aiter__(self) -> "AsyncIterator[TokenOutput]":
         lines = []  # encoded one by one: all at the end would hold the event loop for a long answer
-        async for output in self.stream:
+        async for output in self.answer:
             lines.append(_line(output))
             yield output
         if self.finish_reason in COMPLETE:

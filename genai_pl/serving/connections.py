@@ -12,6 +12,7 @@ import time
 from collections import Counter
 
 import h11
+from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from genai_pl.serving.fair_queue import network
@@ -24,7 +25,7 @@ READ_SECONDS = 60.0  # for a client to empty the send buffer, once it is full
 IDLE_SECONDS = 75
 MAX_CONNECTIONS = 4096
 OWN_FILES = 64  # descriptors for files, Redis and an upstream server
-LAST_SECONDS = 0.5  # after a signal to stop, for a request that is on its way on an idle connection
+LAST_SECONDS = 0.5  # after a signal to stop, for a request that is on its way on a connection that is kept
 AHEAD = 65_536  # bytes of pipelined requests that a connection may send before their turn
 FEED_BYTES = 8192  # that h11 parses at a time: a chunked body may consist of chunks of one byte
 
@@ -105,7 +106,7 @@ class Connection(H11Protocol):
         super().data_received(data)
         del self.rest[:FEED_BYTES]
         if self.is_last and not self.is_waiting:
-            self.cycle.keep_alive = False
+            self._make_last()
         # a complete head ends its deadline
         if not self.is_waiting:
             self._expect(None)
@@ -132,17 +133,30 @@ class Connection(H11Protocol):
         self._expect(None)
         unread = self.conn.their_state is h11.SEND_BODY  # for example 413, sent before the body was there
         super().on_response_complete()
-        if unread and not self.transport.is_closing():
-            self._expect(HEAD_SECONDS)
+        if self.is_last and not self.is_waiting:  # a request that was sent before the answer ended
+            self._make_last()
+        elif (unread or self.is_last) and not self.transport.is_closing():
+            self._expect(HEAD_SECONDS if unread else LAST_SECONDS)
         self.waiting_since = time.monotonic()
 
     def shutdown(self) -> None:
-        """The server stops: answer what runs, and a request that is on its way to an idle connection."""
-        if not self.is_waiting or self.transport.is_closing():
-            super().shutdown()
+        """The server stops: answer what runs, and a request that is on its way to a connection that was said to stay open.
+
+        An answer whose head is sent has said so; one that has not begun says in its head that it is the last.
+        """
+        if self.transport.is_closing():
             return
         self.is_last = True
-        self._expect(LAST_SECONDS)
+        if self.is_waiting:
+            self._expect(LAST_SECONDS)
+        else:
+            self._make_last()
+
+    def _make_last(self) -> None:
+        """Close after the answer that runs, if its head can still say so."""
+        if not self.cycle.response_started:
+            self.cycle.keep_alive = False
+            self.cycle.scope["headers"] = [*self.cycle.scope["headers"], CLOSE_HEADER]  # uvicorn answers with it
 
     def pause_writing(self) -> None:
         """Start the client's time to read: the send buffer is full."""

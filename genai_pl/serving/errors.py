@@ -162,7 +162,7 @@ def install(app: FastAPI) -> None:
 
     async def invalid_body(request: Request, error: RequestValidationError) -> Response:
         first = _most_telling(error.errors())
-        where = ".".join(str(part) for part in first["loc"] if part != "body" and not _names_a_type(part))
+        where = ".".join(str(part) for part in first["loc"][1:] if not _names_a_type(part))  # after body or query
         if first["type"] == "json_invalid":
             return ApiError(422, f"the body is not JSON (at character {where})").response()
         # a form could be sent from any web page without the browser asking (CORS): JSON cannot

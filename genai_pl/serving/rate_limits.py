@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
+from genai_pl.serving.answer_streams import WrappedAnswer
 from genai_pl.serving.errors import ApiError
 from genai_pl.serving.fair_queue import CLIENT
 
@@ -73,26 +74,12 @@ class RateLimits:
             buckets.popitem(last=False)
 
 
-class MeteredAnswer:
+class MeteredAnswer(WrappedAnswer):
     """An answer whose tokens are reported one by one, as they are read."""
 
     def __init__(self, answer: "Answer", spend: Callable[[int], None]) -> None:
-        self.answer, self.spend = answer, spend
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self.answer.finish_reason
-
-    @property
-    def n_generated(self) -> int:
-        return self.answer.n_generated
-
-    @property
-    def n_cached(self) -> int:
-        return self.answer.n_cached
-
-    def cancel(self) -> None:
-        self.answer.cancel()
+        super().__init__(answer)
+        self.spend = spend
 
     async def __aiter__(self) -> "AsyncIterator[TokenOutput]":
         async for output in self.answer:

@@ -5,7 +5,9 @@
 
 import gc
 import os
+import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -22,6 +24,7 @@ from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.service import Service, open_service
 from genai_pl.serving.settings import FOLDER, VARIABLE, Settings, read_admin_keys, read_keys
 from genai_pl.serving.tracing import open_tracing
+from genai_pl.signals import when_parent_ends
 
 
 def build(settings: Settings) -> tuple[Service | Upstream, FastAPI]:
@@ -46,6 +49,7 @@ def create() -> FastAPI:
             raise ConfigError(f"{VARIABLE} is not set: start with serve.py, or with deploy/gunicorn.conf.py")
         import_plugins()
         settings = Settings.from_json(os.environ[VARIABLE])
+        when_parent_ends(partial(os.kill, os.getpid(), signal.SIGTERM))  # or it would serve on, and hold the port
         backend, app = build(settings)
     except UserError as error:
         if first_to("fail"):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -34,6 +35,25 @@ def test_every_case_runs_and_is_right(stages: list[str], tmp_path: Path) -> None
     assert list(report) == (stages or STAGES)
     cases = [figures for stage in report.values() for figures in stage.values()]
     assert all(figures.get("right", figures.get("runs")) is True for figures in cases)
+
+
+@pytest.mark.parametrize(
+    "stage", ["numbers", "training", "attention", "cross_entropy"]
+)  # the probe has a file of its own
+def test_the_first_case_of_every_stage_runs_and_is_right(stage: str, gpu, command, tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("triton", reason="the kernels need triton")
+    stages = importlib.import_module("gpu_stages")
+
+    def in_this_process(line: list[str], **_: object) -> SimpleNamespace:
+        result = command("train", *line[2:])
+        return SimpleNamespace(returncode=result.status, stdout=result.out, stderr=result.err)
+
+    monkeypatch.setattr(stages, "subprocess", SimpleNamespace(run=in_this_process))
+    every = stages.STAGES[stage]
+    monkeypatch.setattr(stages, "STAGES", {stage: lambda given: islice(every(given), 1)})
+    assert gpu.run_here(options(tmp_path, [stage]), stage) == 0
+    (figures,) = json.loads((tmp_path / "gpu.json").read_text())[stage].values()
+    assert figures.get("right", figures.get("runs")) is True
 
 
 def options(folder: Path, stages: list[str], minutes: float = 8.0) -> SimpleNamespace:

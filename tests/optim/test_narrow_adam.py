@@ -1,5 +1,6 @@
-"""Moments in fewer bits: near torch's AdamW, in fewer bytes, restored to the bit, converted between kinds."""
+"""Moments in fewer bits: near those of torch and of Muon, in fewer bytes, restored to the bit, converted between kinds."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from genai_pl.errors import ConfigError
-from genai_pl.optim import adam, adamw
+from genai_pl.optim import adam, adamw, muon, sgd
 from genai_pl.optim.narrow import dynamic_code, from_8_bits, to_8_bits, to_bfloat16
 from tests.cli.test_commands import table
 from tests.conftest import TINY
@@ -184,3 +185,60 @@ def test_a_run_resumes_exactly_and_steps_in_backward_as_after_it(command, tmp_pa
     result = command("train", "resume=whole/checkpoints/step=000002.ckpt")
     assert result.status == 0, result.err
     assert table(tmp_path / "whole") == before
+
+
+def one_momentum(name: str, kind: str | None, dtype: torch.dtype = torch.float32) -> tuple[nn.Sequential, Optimizer]:
+    """A model whose matrices have one moment each, stepped by SGD or Muon."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64)).to(dtype)
+    if name == "sgd":
+        options = {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
+        return model, sgd(model.named_parameters(), **options, moments=kind)
+    options = {**OPTIONS, "adam_lr": None, "momentum": 0.95, "nesterov": True, "adjust_lr": "match_rms_adamw"}
+    return model, muon(model.named_parameters(), **options, moments=kind)
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon"])
+@pytest.mark.parametrize("kind", NARROW)
+def test_a_momentum_in_fewer_bits_trains_as_in_float32_and_is_restored_to_the_bit(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    model, optimizer = one_momentum(name, kind)
+    losses = train(model, optimizer, steps=20)
+    right, exact = one_momentum(name, None)
+    expected = train(right, exact, steps=20)
+    assert expected[-1] < 0.8 * expected[0]
+    torch.testing.assert_close(losses, expected, rtol=0.02, atol=1e-3)
+    assert moment_bytes(optimizer) == pytest.approx(BYTES[kind] * moment_bytes(exact), rel=0.15)
+    # saved and restored, by the same kind and by float32
+    torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "last.ckpt")
+    straight = train(model, optimizer, steps=3, first=20)
+    for after in (kind, None):
+        weights, state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+        again, restored = one_momentum(name, after)
+        again.load_state_dict(weights)
+        restored.load_state_dict(state)
+        rel = 0 if after else 0.02
+        assert train(again, restored, steps=3, first=20) == pytest.approx(straight, rel=rel, abs=0)
+    both = copy.deepcopy([model, optimizer])
+    assert train(*both, steps=2, first=23) == train(model, optimizer, steps=2, first=23)
+    # a state in float32 is taken over
+    again, restored = one_momentum(name, kind)
+    restored.load_state_dict(exact.state_dict())
+    buffer = restored.state[again[0].weight]["momentum_buffer"]
+    assert buffer.dtype == {"bf16": torch.bfloat16, "int8": torch.uint8}[kind]
+
+
+def test_a_momentum_of_fp32_is_that_of_torch_beside_weights_in_bfloat16() -> None:
+    model, optimizer = one_momentum("sgd", "fp32", torch.bfloat16)
+    weight = model[0].weight.detach().float()
+    reference = torch.optim.SGD([weight.requires_grad_()], lr=0.3, momentum=0.9, nesterov=True, weight_decay=0.01)
+    for step in range(4):
+        gradient = torch.randn(256, 64, generator=torch.Generator().manual_seed(step)).bfloat16()
+        model[0].weight.grad, weight.grad = gradient, gradient.float()
+        optimizer.step()
+        reference.step()
+        weight.data = weight.data.bfloat16().float()
+    assert torch.equal(model[0].weight.float(), weight)
+    with pytest.raises(ConfigError, match=r"optimizer\.moments=bf16: there are none without momentum"):
+        sgd(model.named_parameters(), lr=0.1, momentum=0.0, nesterov=False, weight_decay=0.0, moments="bf16")

@@ -5,7 +5,7 @@ import torch
 
 from genai_pl.errors import ConfigError
 from genai_pl.models import Decoder, ModelConfig, build_model, n_parameters
-from genai_pl.optim import adamw, muon
+from genai_pl.optim import adamw, muon, sgd
 from genai_pl.peft import lora
 from genai_pl.planning.activation_memory import saved_tensor_bytes
 from genai_pl.planning.cost_model import Layout, Machine, Share, loss_bytes, memory, states, step_time, traffic
@@ -241,26 +241,36 @@ def test_early_stages_of_1f1b_hold_more_micro_batches():
 
 def test_states_are_counted_by_what_the_optimizer_makes():
     model = Decoder(ModelConfig(**GPT))
-    options = {"adam_lr": None, "momentum": 0.9, "nesterov": True, "adjust_lr": "match_rms_adamw"}
-    optimizer = muon(model.named_parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, **options)
+    optimizer = muon(model.named_parameters(), lr=1e-3, weight_decay=0.0, **ADAM, **MUON)
     model(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
     optimizer.step()
     held = sum(x.numel() for state in optimizer.state.values() for x in state.values() if x.ndim)
     assert moments("muon", model) * n_parameters(model) == pytest.approx(held)
 
 
+MUON = {"adam_lr": None, "momentum": 0.9, "nesterov": True, "adjust_lr": "match_rms_adamw"}
+ADAM = {"betas": (0.9, 0.95), "eps": 1e-8}
+BUILDERS = {
+    "adamw": (adamw, ADAM),
+    "muon": (muon, {**ADAM, **MUON}),
+    "sgd": (sgd, {"momentum": 0.9, "nesterov": False}),
+}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
-def test_bytes_of_narrow_moments_are_those_that_a_step_makes(kind: str):
+def test_bytes_of_narrow_moments_are_those_that_a_step_makes(name: str, kind: str):
     model = Decoder(
         ModelConfig(**{**GPT, "n_embd": 80, "vocab_size": 60})
     )  # a table that is large enough, and rows with a rest
-    optimizer = adamw(model.named_parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, moments=kind)
+    build, options = BUILDERS[name]
+    optimizer = build(model.named_parameters(), lr=1e-3, weight_decay=0.0, **options, moments=kind)
     model(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
     optimizer.step()
     tensors = [x for state in optimizer.state.values() for x in state.values() if x.ndim]
     held = sum(x.numel() * x.element_size() for x in tensors)
     for width in (2, 4):
-        numbers = moments("adamw", model, kind, weight_bytes=width)
+        numbers = moments(name, model, kind, weight_bytes=width)
         assert numbers * width * n_parameters(model) == pytest.approx(held)
 
 

@@ -2,9 +2,13 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
 from genai_pl.serving.engine.request import QueueFull, Request, TokenOutput
+from tests.serving.servers import make_service, serving
 
 
 class FakeStream:
@@ -58,3 +62,22 @@ class FakeEngine:
         self.requests.append(request)
         self.streams.append(self.make())
         return self.streams[-1]
+
+
+@contextmanager
+def playing(
+    folder: Path, connect: Callable[[str], AbstractContextManager]
+) -> Iterator[Callable[..., tuple[Any, FakeEngine]]]:
+    """Context with a function from texts to (client, engine): a server of the model generates the texts.
+
+    connect: a client of the server at a URL
+    """
+    with ExitStack() as stack:
+
+        def start(texts: list[str], reason: str = "stop") -> tuple[Any, FakeEngine]:
+            service = make_service(folder, cache=None)
+            service.engine = FakeEngine(texts, reason)
+            client = stack.enter_context(serving(service))
+            return stack.enter_context(connect(str(client.base_url))), service.engine
+
+        yield start

@@ -15,6 +15,7 @@ from genai_pl.generation import complete, generate_text
 from genai_pl.serving.engine.engine import Engine
 from genai_pl.serving.engine.request import EngineObserver, QueueFull, Request, TokenOutput, TokenStream
 from tests.serving.engines import PROMPTS, SHAPES, TOKENIZER, build, greedy, ids, running, text_of
+from tests.serving.servers import eventually
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -184,6 +185,20 @@ def test_a_reader_that_is_gone_keeps_nobody() -> None:
     asyncio.run(begin())
     stream.put(TokenOutput("a", 1, None, ()))  # its loop is closed
     assert next(stream).text == "a"
+
+
+def test_an_idle_engine_frees_its_batch_and_answers_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    from genai_pl.serving.engine import idle_memory
+
+    returned = []
+    monkeypatch.setattr(idle_memory, "IDLE_SECONDS", 0.02)
+    with monkeypatch.context() as patched, running(build(), slots=2) as engine:
+        patched.setattr(idle_memory, "return_freed_memory", lambda: returned.append(True))
+        request = Request(ids(PROMPTS[0]), greedy(8))
+        first = text_of(engine.submit(request))
+        assert eventually(lambda: engine.model_runner.cache.k is None and returned)
+        assert text_of(engine.submit(request)) == first
+    idle_memory.return_freed_memory()  # whatever the C library is
 
 
 def test_the_observer_is_told_of_every_token_and_every_end() -> None:

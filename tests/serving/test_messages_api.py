@@ -10,7 +10,7 @@ import pytest
 anthropic = pytest.importorskip("anthropic", reason="needs pip install anthropic")
 pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 
-from tests.serving.fake import FakeEngine
+from tests.serving.fake import playing
 from tests.serving.servers import make_service, serving
 from tests.serving.thinking import CALLS, THOUGHTS, write_thinking_model
 
@@ -37,15 +37,7 @@ def served(tiny: Path) -> "Iterator[anthropic.Anthropic]":
 @pytest.fixture
 def play(folder: Path):
     """A client of a server whose fake engine generates the texts."""
-    with ExitStack() as stack:
-
-        def start(texts: list[str], reason: str = "stop"):
-            service = make_service(folder, cache=None)
-            service.engine = FakeEngine(texts, reason)
-            client = stack.enter_context(serving(service))
-            ai = anthropic.Anthropic(base_url=str(client.base_url), api_key="none", max_retries=0)
-            return stack.enter_context(ai), service.engine
-
+    with playing(folder, lambda url: anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)) as start:
         yield start
 
 

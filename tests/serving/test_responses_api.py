@@ -3,7 +3,6 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,7 @@ pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 from genai_pl.serving.errors import ApiError
 from genai_pl.serving.http.messages import Message
 from genai_pl.serving.http.response_memory import ResponseMemory
-from tests.serving.fake import FakeEngine
-from tests.serving.servers import make_service, serving
+from tests.serving.fake import FakeEngine, playing
 from tests.serving.thinking import CALLS, THOUGHTS, write_thinking_model
 
 TOOL = {
@@ -25,6 +23,7 @@ TOOL = {
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     "strict": False,
 }
+ALLOWED = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "weather"}]}
 ADDED, DONE = "response.output_item.added", "response.output_item.done"
 
 
@@ -42,15 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def play(folder: Path):
     """A client of a server whose fake engine generates the texts."""
-    with ExitStack() as stack:
-
-        def start(texts: list[str], reason: str = "stop"):
-            service = make_service(folder, cache=None)
-            service.engine = FakeEngine(texts, reason)
-            client = stack.enter_context(serving(service))
-            ai = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
-            return stack.enter_context(ai), service.engine
-
+    with playing(folder, lambda url: openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)) as start:
         yield start
 
 
@@ -119,6 +110,47 @@ def test_functions_are_called_and_answered(play, folder: Path) -> None:
     assert rendered(folder, engine) == text
 
 
+def test_only_allowed_tools_are_shown(play, folder: Path) -> None:
+    ai, engine = play(CALLS)
+    asked = {"model": "thinker", "input": "Is it raining?", "tools": [{**TOOL, "name": "other"}, TOOL]}
+    response = ai.responses.create(**asked, tool_choice=ALLOWED)
+    assert [item.name for item in response.output if item.type == "function_call"] == ["weather"]
+    assert (response.tool_choice.type, response.tool_choice.mode) == ("allowed_tools", "auto")
+    text = rendered(folder, engine)
+    ai.responses.create(**{**asked, "tools": [TOOL]})
+    assert rendered(folder, engine) == text
+    other = {**ALLOWED, "tools": [{"type": "function", "name": "other"}]}
+    response = ai.responses.create(**asked, tool_choice=other)  # a call of another one is no call
+    assert [item.type for item in response.output] == ["message"]
+
+
+def test_the_input_of_a_response_is_listed(ai) -> None:
+    options = {"model": "tiny", "max_output_tokens": 2}
+    parts = [{"type": "input_text", "text": "Hello"}]
+    first = ai.responses.create(**options, input=[{"role": "user", "content": parts, "id": "msg_mine"}])
+    second = ai.responses.create(**options, input="So?", previous_response_id=first.id)
+    listed = list(ai.responses.input_items.list(second.id, order="asc"))
+    assert [(item.id, item.role) for item in listed[:2]] == [("msg_mine", "user"), (first.output[0].id, "assistant")]
+    assert (listed[2].role, listed[2].content[0].type, listed[2].content[0].text) == ("user", "input_text", "So?")
+    paged = list(ai.responses.input_items.list(second.id, limit=1))  # the client asks for page after page
+    assert [item.id for item in paged] == [item.id for item in listed[::-1]]
+    with pytest.raises(openai.UnprocessableEntityError, match="greater than or equal to 1") as raised:
+        ai.responses.input_items.list(second.id, limit=0)
+    assert raised.value.param == "limit"
+    with pytest.raises(openai.NotFoundError, match="after=msg_x"):
+        ai.responses.input_items.list(second.id, after="msg_x")
+    with pytest.raises(openai.NotFoundError, match="not stored"):
+        ai.responses.input_items.list("resp_x")
+
+
+def test_only_a_response_in_the_background_can_be_cancelled(ai) -> None:
+    response = ai.responses.create(model="tiny", input="Hello", max_output_tokens=2)
+    with pytest.raises(openai.BadRequestError, match="background=true"):
+        ai.responses.cancel(response.id)
+    with pytest.raises(openai.NotFoundError, match="not stored"):
+        ai.responses.cancel("resp_x")
+
+
 def test_thoughts_of_earlier_items_reach_the_template(play, folder: Path) -> None:
     ai, engine = play(THOUGHTS)
     response = ai.responses.create(model="thinker", input="Is it raining?")
@@ -168,7 +200,8 @@ def test_what_the_answer_could_not_repeat_is_refused(field: str, client) -> None
             "input.0.content.0.type",
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
         ),
-        ("tool_choice.type", {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}),
+        ("tool_choice.tools", {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}),
+        ("tool_choice", {"tools": [TOOL], "tool_choice": {**ALLOWED, "tools": [{"type": "function", "name": "x"}]}}),
     ],
 )
 def test_a_wrong_field_is_named(param: str, options: dict, ai) -> None:

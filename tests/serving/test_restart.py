@@ -218,6 +218,47 @@ def test_a_request_on_its_way_at_the_signal_is_answered(tiny: Path) -> None:
     assert not thread.is_alive()
 
 
+def test_a_request_after_a_stream_that_ran_at_the_signal_is_answered(tiny: Path) -> None:
+    server, thread, engine, port = start(tiny, "old", 0)
+    body = b'{"prompt": "x", "stream": true}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as kept:
+        kept.sendall(head % len(body) + body)
+        content = kept.recv(65536)  # the head, which keeps the connection
+        server.should_exit = True
+        assert eventually(lambda: not any(one.is_serving() for one in server.servers))
+        engine.streams[0].released.set()
+        while not content.endswith(b"0\r\n\r\n"):
+            content += kept.recv(65536)
+        assert b"connection: close" not in content.lower()
+        kept.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = b""
+        while part := kept.recv(65536):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"connection: close" in answer.lower()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_an_answer_that_begins_after_the_signal_says_that_it_is_the_last(tiny: Path) -> None:
+    server, thread, engine, port = start(tiny, "old", 0)
+    replies: list[httpx.Response] = []
+
+    def ask() -> None:
+        replies.append(httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "x"}, timeout=60))
+
+    client = threading.Thread(target=ask)
+    client.start()
+    assert eventually(lambda: engine.streams)
+    server.should_exit = True
+    assert eventually(lambda: not any(one.is_serving() for one in server.servers))
+    engine.streams[0].released.set()
+    client.join(30)
+    thread.join(30)
+    assert (replies[0].status_code, replies[0].headers["connection"]) == (200, "close")
+
+
 def test_without_the_option_a_taken_port_is_refused() -> None:
     with bind("127.0.0.1", 0) as listener, pytest.raises(ConfigError, match="another program listens"):
         bind("127.0.0.1", listener.getsockname()[1], reuse_port=True)

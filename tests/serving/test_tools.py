@@ -3,7 +3,6 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai", reason="needs pip install openai")
 pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 
-from tests.serving.fake import FakeEngine
+from tests.serving.fake import FakeEngine, playing
 from tests.serving.servers import make_service, serving, write_model
 
 # as those of Hermes and Qwen, in short
@@ -44,15 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def play(folder: Path) -> "Iterator[Callable[[list[str]], tuple[openai.OpenAI, FakeEngine]]]":
     """A client of a server whose fake engine generates the texts."""
-    with ExitStack() as stack:
-
-        def start(texts: list[str]) -> "tuple[openai.OpenAI, FakeEngine]":
-            service = make_service(folder, cache=None)
-            service.engine = FakeEngine(texts)
-            client = stack.enter_context(serving(service))
-            ai = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
-            return stack.enter_context(ai), service.engine
-
+    with playing(folder, lambda url: openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)) as start:
         yield start
 
 
@@ -137,6 +128,7 @@ def test_half_a_character_in_what_is_rendered_is_refused(play) -> None:
     [
         ("tool_choice", {"tool_choice": "perhaps"}),
         ("tool_choice", {"tool_choice": "required", "tools": []}),
+        ("tool_choice", {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}}),
         ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "other"}}}),
         (
             "tools.0.function",
@@ -153,7 +145,11 @@ def test_what_cannot_be_is_refused_by_name(param: str, options: dict, play) -> N
     assert raised.value.param == param
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+ADD = {"type": "function", "function": {"name": "add"}}
+ADD_ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [ADD]}}
+
+
+@pytest.mark.parametrize("choice", ["required", ADD, ADD_ALLOWED])
 def test_a_call_that_must_be_is_one_of_an_offered_tool(folder: Path, choice) -> None:
     pytest.importorskip("llguidance", reason="needs pip install -e '.[constrain]'")
     reference = {"$defs": {"small": {"type": "integer", "enum": [1, 2]}}, "type": "object", "required": ["a"]}

@@ -17,6 +17,7 @@ from genai_pl.generation import build_output_constraints
 from genai_pl.generation.prefix_cache import PrefixBlocks
 from genai_pl.models import Model, WrappedDecoder
 from genai_pl.serving.engine.adapter_selector import AdapterSelector
+from genai_pl.serving.engine.idle_memory import wait_for_work
 from genai_pl.serving.engine.model_runner import make_model_runner, prefix_root
 from genai_pl.serving.engine.request import EngineObserver, QueueFull, Request, TokenStream, check_request
 from genai_pl.serving.engine.request_state import RequestState, isolate_failure
@@ -246,8 +247,7 @@ class Engine:
     def _run(self) -> None:
         with torch.inference_mode():
             while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._is_busy() or self._is_stopping)
+                wait_for_work(self._changed, lambda: self._is_busy() or self._is_stopping, self.model_runner.release)
                 if not self._is_busy():
                     return
                 try:

@@ -85,6 +85,10 @@ class ModelRunner(ABC):
         states, self.states = self.states, []
         return states
 
+    def release(self) -> None:
+        """Free what no request uses, while there is none."""
+        return
+
     @abstractmethod
     def prefill_capacity(self, states: list[RequestState]) -> int:
         """Tokens that the cache of a prefill pass must hold."""
@@ -165,6 +169,11 @@ class BatchedModelRunner(ModelRunner):
         """Take all requests out and free the SlotCache, whose contents are unknown after a failed pass."""
         self.cache.clear()
         return super().clear()
+
+    def release(self) -> None:
+        """Free the SlotCache, if it has no rows: it is as large as the longest requests have made it."""
+        if not self.states:
+            self.cache.clear()
 
     def decode(self) -> Tensor:
         """The logits (B, V) of one pass over the newest tokens (B, 1)."""

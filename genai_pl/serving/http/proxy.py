@@ -43,8 +43,13 @@ PASSED = (*SAMPLING_FIELDS, "seed", "stop")
 def proxy_routes(upstream: Upstream) -> APIRouter:
     """All routes but the state routes, answered by the upstream server."""
     router = APIRouter(responses=ERRORS)
+    _add_openai_routes(router, upstream)
+    _add_label_routes(router, upstream)
+    _add_own_routes(router, upstream)
+    return router
 
-    # OpenAI's routes
+
+def _add_openai_routes(router: APIRouter, upstream: Upstream) -> None:
     @router.get("/v1/models", tags=["OpenAI"])
     async def models() -> Response:
         """The models of the upstream server."""
@@ -73,6 +78,8 @@ def proxy_routes(upstream: Upstream) -> APIRouter:
         """Embeddings of texts."""
         return await forward(upstream, request, "embeddings", body, stream=False)
 
+
+def _add_label_routes(router: APIRouter, upstream: Upstream) -> None:
     @router.post("/v2/rerank", tags=["labels"])
     @router.post("/v1/rerank", tags=["labels"])
     @router.post("/rerank", tags=["labels"])
@@ -91,7 +98,8 @@ def proxy_routes(upstream: Upstream) -> APIRouter:
         """An error: OpenAI's API has no such route."""
         raise ApiError(400, "backend=openai gives no labels: OpenAI's API has no /classify; ask the server itself")
 
-    # this project's routes
+
+def _add_own_routes(router: APIRouter, upstream: Upstream) -> None:
     @router.post("/generate", response_model=GenerateAnswer, tags=["genai_pl"])
     async def generate(body: GenerateBody, request: Request) -> Response:
         """Continue a text."""
@@ -105,8 +113,6 @@ def proxy_routes(upstream: Upstream) -> APIRouter:
     async def score(body: ScoreBody) -> Response:
         """An error: OpenAI's API has no such route."""
         raise ApiError(400, "backend=openai gives no scores: OpenAI's API has none")
-
-    return router
 
 
 async def forward(upstream: Upstream, request: Request, path: str, body: Body, *, stream: bool) -> Response:

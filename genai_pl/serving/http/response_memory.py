@@ -14,10 +14,11 @@ OVERHEAD = 4096  # bytes of an entry beside its characters: Python's objects
 
 
 class Stored(NamedTuple):
-    """A response, the conversation that its answer ends, and whose it is."""
+    """A response, the conversation that its answer ends, the items that it answers, and whose it is."""
 
     response: Json
     messages: list[Message]
+    items: list[Json]
     client: str
     size: int
 
@@ -40,14 +41,15 @@ class ResponseMemory:
         self.entries.move_to_end(name)
         return stored
 
-    def put(self, response: Json, messages: Sequence[Message]) -> None:
+    def put(self, response: Json, messages: Sequence[Message], items: Sequence[Json] = ()) -> None:
         """Keep a response; one that is larger than the whole memory is not kept."""
         # characters of the response, and of the conversation, which repeats the earlier turns
         size = OVERHEAD + 4 * len(json.dumps(response))
+        size += sum(OVERHEAD + 4 * len(json.dumps(item)) for item in items)
         size += sum(OVERHEAD + 4 * len(message.model_dump_json()) for message in messages)
         if size > self.max_bytes:
             return
-        self.entries[response["id"]] = Stored(response, list(messages), CLIENT.get(""), size)
+        self.entries[response["id"]] = Stored(response, list(messages), list(items), CLIENT.get(""), size)
         self.n_bytes += size
         while self.n_bytes > self.max_bytes:
             _, dropped = self.entries.popitem(last=False)

@@ -118,6 +118,18 @@ class NamedChoice(BaseModel):
     type: Literal["function"]
     name: Text
 
+    def as_chat(self) -> dict[str, object]:
+        """The choice as chat completions have it."""
+        return {"type": "function", "function": {"name": self.name}}
+
+
+class AllowedTools(BaseModel):
+    """Functions of which any may (auto), or one must (required), be called."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedChoice], Field(fail_fast=True, min_length=1)]
+
 
 class TextOptions(BaseModel):
     """The form of the text: format.type is text, json_object or json_schema; other verbosity than the default is refused."""
@@ -157,7 +169,7 @@ class ResponsesBody(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stop: Stop | None = None
     tools: Annotated[list[FunctionTool], Field(fail_fast=True)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedChoice | AllowedTools | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     include: Annotated[list[Literal["reasoning.encrypted_content"]], Field(fail_fast=True)] | None = Field(
@@ -189,7 +201,11 @@ class ResponsesBody(Body):
         if self.tools:
             options["tools"] = [tool.function() for tool in self.tools]
         if isinstance(self.tool_choice, NamedChoice):
-            options["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
+            options["tool_choice"] = self.tool_choice.as_chat()
+        elif isinstance(self.tool_choice, AllowedTools):
+            names = [tool.as_chat() for tool in self.tool_choice.tools]
+            allowed = {"mode": self.tool_choice.mode, "tools": names}
+            options["tool_choice"] = {"type": "allowed_tools", "allowed_tools": allowed}
         elif self.tool_choice is not None:
             options["tool_choice"] = self.tool_choice
         if self.text is not None and self.text.format is not None:

@@ -6,10 +6,11 @@ to write <tool_call>{"name": ..., "arguments": {...}}</tool_call>, the format of
 
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from genai_pl.data.tool_calls import Call, CallReader
 from genai_pl.serving.errors import ApiError
+from genai_pl.serving.http.messages import Tool
 from genai_pl.serving.http.reasoning import ChannelSplitter, MakeSplitter, split
 from genai_pl.serving.http.responses import ChatFormat, Decode, Json
 from genai_pl.serving.http.schemas import ChatBody
@@ -19,25 +20,82 @@ if TYPE_CHECKING:
     from genai_pl.serving.engine.request import TokenOutput
 
 
-def offered_tools(service: Service, body: ChatBody) -> list[Json]:
-    """Tools for the chat template, none with tool_choice=none; ApiError 422 if the template cannot show tools."""
-    if is_forced(body) and not body.tools:
+class ToolChoice(NamedTuple):
+    """What tool_choice of a body says.
+
+    is_forced: whether the answer must be a call
+    names: of the tools that may be called, None for all of them
+    """
+
+    is_forced: bool
+    names: frozenset[str] | None
+
+
+def read_tool_choice(choice: object) -> ToolChoice:
+    """The meaning of tool_choice, in OpenAI's forms; ApiError 422 for anything else.
+
+    >>> read_tool_choice({"type": "function", "function": {"name": "add"}})
+    ToolChoice(is_forced=True, names=frozenset({'add'}))
+    """
+    plain = {
+        "none": ToolChoice(False, frozenset()),
+        "auto": ToolChoice(False, None),
+        "required": ToolChoice(True, None),
+    }
+    if choice is None or (isinstance(choice, str) and choice in plain):
+        return plain[choice or "auto"]
+    if (name := _function_name(choice)) is not None:
+        return ToolChoice(True, frozenset({name}))
+    # {"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}}
+    allowed = (
+        choice.get("allowed_tools") if isinstance(choice, dict) and choice.get("type") == "allowed_tools" else None
+    )
+    if isinstance(allowed, dict) and allowed.get("mode") in ("auto", "required"):
+        tools = allowed.get("tools")
+        names = [_function_name(tool) for tool in tools] if isinstance(tools, list) else []
+        if names and None not in names:
+            return ToolChoice(allowed["mode"] == "required", frozenset(names))
+    known = 'none, auto, required, {"type": "function", "function": {"name": NAME}} or {"type": "allowed_tools", ...}'
+    raise ApiError(422, f"tool_choice: give {known}", param="tool_choice")
+
+
+def _function_name(choice: object) -> str | None:
+    """The name in OpenAI's choice of a function; None for anything else."""
+    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def callable_tools(body: ChatBody) -> list[Tool]:
+    """The tools of a body that its tool_choice lets the model call; ApiError 422 if it names one that there is not."""
+    choice, tools = read_tool_choice(body.tool_choice), body.tools or []
+    if not tools and (choice.is_forced or choice.names):
         raise ApiError(422, "tool_choice: there are no tools to choose from", param="tool_choice")
-    if not body.tools or body.tool_choice == "none":
+    if choice.names is None:
+        return tools
+    if unknown := choice.names - {tool.function.name for tool in tools}:
+        raise ApiError(422, f"tool_choice: no tool has the name {min(unknown)}", param="tool_choice")
+    return [tool for tool in tools if tool.function.name in choice.names]
+
+
+def offered_tools(service: Service, body: ChatBody) -> list[Json]:
+    """Tools for the chat template: those that may be called, and all where one of them must be.
+
+    ApiError 422 if the template cannot show tools.
+    """
+    found = callable_tools(body)
+    if is_forced(body):  # the grammar chooses among them
+        found = body.tools
+    if not found:
         return []
     if "tools" not in str(service.tokenizer.chat_template):
         raise ApiError(422, "tools: the chat template of this model has no place for any", param="tools")
-    return [tool.model_dump(exclude_unset=True) for tool in body.tools]
+    return [tool.model_dump(exclude_unset=True) for tool in found]
 
 
 def is_forced(body: ChatBody) -> bool:
-    """True if the answer must be a call: tool_choice is required or names a function; ApiError 422 for an unknown value."""
-    if body.tool_choice in (None, "none", "auto"):
-        return False
-    if body.tool_choice != "required" and _chosen_name(body.tool_choice) is None:
-        known = 'none, auto, required or {"type": "function", "function": {"name": NAME}}'
-        raise ApiError(422, f"tool_choice: give {known}", param="tool_choice")
-    return True
+    """True if the answer must be a call."""
+    return read_tool_choice(body.tool_choice).is_forced
 
 
 def forced_call_schema(body: ChatBody) -> Json | None:
@@ -47,10 +105,7 @@ def forced_call_schema(body: ChatBody) -> Json | None:
     """
     if not is_forced(body):
         return None
-    name = _chosen_name(body.tool_choice)
-    functions = [tool.function.model_dump() for tool in body.tools if name in (None, tool.function.name)]
-    if not functions:
-        raise ApiError(422, f"tool_choice: no tool has the name {name}", param="tool_choice")
+    functions = [tool.function.model_dump() for tool in callable_tools(body)]
     calls, definitions = [], {}
     for function in functions:
         parameters = function.get("parameters") or {"type": "object"}
@@ -69,13 +124,6 @@ def forced_call_schema(body: ChatBody) -> Json | None:
         )
     schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
     return {**schema, "$defs": definitions} if definitions else schema
-
-
-def _chosen_name(choice: object) -> str | None:
-    """The name in OpenAI's choice of a function; None for anything else."""
-    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
-    name = function.get("name") if isinstance(function, dict) else None
-    return name if isinstance(name, str) else None
 
 
 def openai_calls(calls: Sequence[Call], tools: Sequence[Json], new_id: Callable[[], str]) -> list[Json]:
