@@ -7,6 +7,7 @@ use, because a worker process cannot use that of its parent. Whatever a storage 
 
 import fcntl
 import io
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,7 @@ PACKAGES = {
     "abfss": "adlfs",
 }
 VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "generation")  # what storages call a version of contents
+CHATTY = ("botocore", "aiobotocore")  # say where they have found endpoint and credentials
 TIMES = ("mtime", "LastModified", "last_modified", "created")  # where there is none: when it was written
 
 
@@ -54,6 +56,8 @@ def open_storage(address: str, option: str) -> tuple["AbstractFileSystem", str]:
     """The file system of an address, and the path in it; ConfigError names the package that an address needs."""
     from fsspec.core import url_to_fs
 
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
     protocol = address.partition("://")[0].lower()
     options = {"auto_mkdir": True} if protocol in ("file", "local") else {}
     try:

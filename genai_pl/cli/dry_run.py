@@ -22,6 +22,7 @@ from genai_pl.cli.planned_run import (
     planned_work,
     read_stored_config,
 )
+from genai_pl.cli.planned_strategy import check_planned_strategy
 from genai_pl.config.enums import Head
 from genai_pl.config.labels import Labels
 from genai_pl.devices import DTYPES
@@ -31,6 +32,7 @@ from genai_pl.models import Model, ModelConfig, build_model, flops_per_token, n_
 from genai_pl.modules import BaseModule
 from genai_pl.planning import cost_model as planning
 from genai_pl.planning.count import (
+    Activations,
     activation_bytes,
     expert_parameters,
     fake_tensors,
@@ -44,7 +46,6 @@ from genai_pl.planning.count import (
     stage_sizes,
     training_flops,
 )
-from genai_pl.strategies.context_parallel import check_sequences
 from genai_pl.training.initial_model import apply_peft, check_shape, fit_to_context, new_overrides, report_unused
 from genai_pl.training.length import check_length
 from genai_pl.training.precision import plan_precision
@@ -57,7 +58,7 @@ class StepEstimate:
     """Estimate of one optimizer step.
 
     machine: the device with its FLOP/s, bytes and GB/s. layout: devices by kind of parallelism. memory: bytes
-    of one device.
+    of one device. in_ram: bytes of one process outside of it, where shards are offloaded.
     traffic: bytes sent, one entry per collective. time: seconds. tokens: of the step, on all devices.
     """
 
@@ -67,6 +68,7 @@ class StepEstimate:
     traffic: list[planning.Traffic]
     time: planning.Time
     tokens: int  # on all devices
+    in_ram: float = 0.0  # beside `memory`, of each process
 
 
 def dry_run(config: DictConfig) -> int:
@@ -85,6 +87,7 @@ def dry_run(config: DictConfig) -> int:
     with fake_tensors(torch.float32):
         model = build_full_model(config, objective, model_config)
     batch_size, seq_len, clamp_message = fit_to_context(config, model)
+    check_planned_strategy(config, objective, model, rows=batch_size)
     work = planned_work(config, objective, batch_size, seq_len)
     estimate = estimate_step(config, objective, model_config, model, work)
     steps, epochs = planned_steps(config, objective)
@@ -123,8 +126,6 @@ def estimate_step(
 ) -> StepEstimate:
     """Estimate of a step, counted on the part of the model that one device holds."""
     layout = device_layout(config)
-    if layout.context > 1:
-        check_sequences(objective, [model], layout.context)
     weight_dtype, matmul_dtype = DTYPES.get(config.precision.lightning, (torch.float32, torch.bfloat16))
     gathers = layout.zero == 3 and layout.shards > 1
     own_tokens = work.rows * -(-work.seq_len // layout.context)  # that a device computes
@@ -155,10 +156,13 @@ def estimate_step(
     if layout.stages > 1:
         share, memory = costliest_stage(model, share, layout, activations=activations, loss=loss)
     else:
-        memory = planning.memory(share, layout, activations=activations, loss=loss)
+        kept, recomputed_bytes = activations
+        memory = planning.memory(share, layout, activations=kept, recomputed=recomputed_bytes, loss=loss)
     reference = memory.weights if work.reference else 0.0
     critic = critic_bytes(config, work, layout) if config.objective.get("critic") else 0.0
     memory = replace(memory, reference=reference, critic=critic)
+    kept = dict.fromkeys(kept_in_ram(config), 0.0)
+    in_ram, memory = sum(getattr(memory, part) for part in kept), replace(memory, **kept)
     # traffic, arithmetic and time
     sizes = {"tokens": own_tokens, "n_layer": len(model.blocks), "n_embd": model_config.n_embd}
     sizes["kv_width"] = 2 * local_model.config.n_kv_head * model_config.head_dim
@@ -172,7 +176,21 @@ def estimate_step(
     )
     machine = plan_machine(config, layout)
     time = planning.step_time(machine, layout, traffic, flops=flops)
-    return StepEstimate(machine, layout, memory, traffic, time, tokens)
+    return StepEstimate(machine, layout, memory, traffic, time, tokens, in_ram)
+
+
+def kept_in_ram(config: DictConfig) -> tuple[str, ...]:
+    """Parts of a device's memory that lie in RAM: a GPU has them only while it computes with them.
+
+    FSDP2 steps shards there. ZeRO-Offload also moves gradients with the optimizer's states (Ren et al. 2021, section 4.1).
+    """
+    strategy = config.strategy
+    if config.plan.gpu == "cpu":
+        return ()
+    if strategy.get("cpu_offload"):
+        return ("weights", "gradients", "optimizer")
+    weights = ("weights",) if strategy.get("offload_parameters") else ()
+    return (*weights, *(("gradients", "optimizer") if strategy.get("offload_optimizer") else ()))
 
 
 def model_share(
@@ -213,8 +231,8 @@ def _recompute_options(config: DictConfig) -> tuple[int | None, str]:
 
 def stored_activation_bytes(
     config: DictConfig, local_model: Model, work: DeviceWork, matmul_dtype: torch.dtype | None, layout: planning.Layout
-) -> float:
-    """Bytes that a forward pass of one micro-batch stores for its backward pass."""
+) -> Activations:
+    """Bytes that a forward pass of a batch stores for its backward pass."""
     every, kind = _recompute_options(config)
     return activation_bytes(
         local_model,
@@ -239,11 +257,11 @@ def critic_bytes(config: DictConfig, work: DeviceWork, layout: planning.Layout) 
         sizes = {"weight_bytes": weight_dtype.itemsize, "compute_bytes": (matmul_dtype or weight_dtype).itemsize}
         share = model_share(config, critic, **sizes)
         activations = stored_activation_bytes(config, critic, work, matmul_dtype, layout)
-    return planning.memory(share, layout, activations=activations, loss=0.0).total
+    return planning.memory(share, layout, activations=sum(activations), loss=0.0).total
 
 
 def costliest_stage(
-    model: Model, share: planning.Share, layout: planning.Layout, *, activations: float, loss: float
+    model: Model, share: planning.Share, layout: planning.Layout, *, activations: Activations, loss: float
 ) -> tuple[planning.Share, planning.Memory]:
     """Share and memory of the pipeline stage that needs most: the first holds the embeddings, the last the head
     and its loss.
@@ -252,9 +270,8 @@ def costliest_stage(
     for stage, (weights, trained) in enumerate(stage_sizes(model, layout.stages, layout.loops)):
         stage_share = replace(share, weights=weights, trained=trained)
         stage_loss = loss if stage == layout.stages - 1 else 0.0
-        stages.append(
-            (stage_share, planning.memory(stage_share, layout, activations=activations, loss=stage_loss, stage=stage))
-        )
+        sizes = {"activations": activations.kept, "recomputed": activations.recomputed, "loss": stage_loss}
+        stages.append((stage_share, planning.memory(stage_share, layout, **sizes, stage=stage)))
     return max(stages, key=lambda stage: stage[1].total)
 
 
@@ -268,6 +285,8 @@ def describe_estimate(estimate: StepEstimate, steps: int | None) -> list[str]:
     lines.append(
         f"  {'total':<12}{format_bytes(memory.total):>10}  {fits} the {format_bytes(machine.memory)} of {machine.name}"
     )
+    if estimate.in_ram:
+        lines.append(f"  {'in RAM':<12}{format_bytes(estimate.in_ram):>10}  beside it, of each process")
     if estimate.traffic:
         shape = {
             "data": layout.data // layout.experts,

@@ -159,11 +159,27 @@ def planned_steps(config: DictConfig, objective: type[BaseModule]) -> tuple[int 
     return (None, DEFAULT_PASSES) if fine_tunes else (DEFAULT_STEPS, None)
 
 
+def devices_per_node(config: DictConfig) -> int:
+    """Devices that `trainer.devices` means on a machine of `plan`: auto and -1 all of a node, and one of a CPU."""
+    devices = config.trainer.devices
+    if str(devices) in ("auto", "-1"):
+        return 1 if config.plan.gpu == "cpu" else config.plan.per_node
+    # how many, or the numbers of each, as Lightning reads them
+    numbers = devices.split(",") if isinstance(devices, str) and "," in devices else devices
+    try:
+        n = len(numbers) if not isinstance(numbers, (int, str)) else int(numbers)
+    except ValueError:
+        n = 0
+    if n < 1:
+        raise ConfigError(f"trainer.devices={devices}: a number of at least 1, a list of numbers, or auto")
+    return n
+
+
 def device_layout(config: DictConfig) -> planning.Layout:
     """Devices by data, tensor and pipeline parallelism, as the strategy divides devices x num_nodes; ConfigError
     if it cannot.
     """
-    per_node = config.trainer.devices if isinstance(config.trainer.devices, int) else 1
+    per_node = devices_per_node(config)
     n = per_node * config.trainer.num_nodes
     if config.trainer.num_nodes == 1:
         per_node = config.plan.per_node
@@ -187,7 +203,8 @@ def device_layout(config: DictConfig) -> planning.Layout:
                 "strategy.tensor_parallel_size must be 1"
             )
         sizes = {"data": data, "experts": experts, "context": context, "tensor": tensor, "per_node": per_node}
-        return planning.Layout(**sizes, zero=3, regathers=regathers, sequence=sequence)
+        copies = strategy.replicate_size
+        return planning.Layout(**sizes, copies=copies, zero=3, regathers=regathers, sequence=sequence)
     # pipeline stages with data parallelism
     if target == "PipelineStrategy":
         data = strategy.data_parallel_size or n // strategy.pipeline_parallel_size

@@ -18,7 +18,7 @@ from genai_pl.distributed.dtensor import is_dtensor
 from genai_pl.kernels import positions_from_segments
 from genai_pl.kernels.attention import log_once
 from genai_pl.models import Decoder
-from genai_pl.models.fused_decode import has_uniform_steps
+from genai_pl.models.decoder import has_uniform_steps
 from genai_pl.models.kv_cache import KVCache
 
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]

@@ -14,10 +14,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from genai_pl.config.enums import AttentionKind
+from genai_pl.config.enums import AttentionKind, Position
 from genai_pl.kernels import AttentionMask, positions_from_segments
 from genai_pl.models.kv_cache import KVCache
 from genai_pl.models.transformer import Transformer
+
+POSITIONS = (Position.rotary, Position.learned, Position.sinusoidal)  # kinds that are no part of the scores
 
 
 class Decoder(Transformer):
@@ -108,3 +110,15 @@ def _source_mask(input_ids: Tensor, segment_ids: Tensor | None, source_segments:
         return AttentionMask()
     queries = torch.ones_like(input_ids) if segment_ids is None else segment_ids[:, -input_ids.shape[1] :]
     return AttentionMask(segments=source_segments, query_segments=queries)
+
+
+def has_uniform_steps(model: object) -> bool:
+    """True for a decoder whose every step is the same operations on other numbers: what fusing and recording both need.
+
+    Positions are no distances between columns, and a token sees all columns of the cache and passes all weights.
+    """
+    if type(model) is not Decoder:
+        return False
+    c = model.config
+    sees_all = c.attention_kind is AttentionKind.full and set(model.windows) == {None} and model.virtual is None
+    return c.position in POSITIONS and sees_all and not c.n_experts

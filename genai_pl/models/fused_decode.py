@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genai_pl.config.enums import AttentionKind, NormOrder, Position
+from genai_pl.config.enums import NormOrder
 from genai_pl.devices import CODES
 from genai_pl.kernels import AttentionMask, ScoreOptions, attention_with, positions_from_segments
 from genai_pl.kernels.decode_step import DecodeStep
@@ -33,7 +33,7 @@ from genai_pl.kernels.row_products import multiply_rows, rms_norm_rows, rotate_r
 from genai_pl.models.attention import Attention
 from genai_pl.models.block import Block
 from genai_pl.models.compiled_step import compiled_step
-from genai_pl.models.decoder import Decoder
+from genai_pl.models.decoder import Decoder, has_uniform_steps
 from genai_pl.models.kv_cache import KVCache
 from genai_pl.models.layers import MLP, GatedMLP
 from genai_pl.models.packed_linear import (
@@ -51,7 +51,6 @@ from genai_pl.models.positions import rotate
 log = logging.getLogger(__name__)
 
 PROBED_BYTES = 32 << 20  # of the weights that a probe multiplies with, in 16 bits: about what caches hold
-POSITIONS = (Position.rotary, Position.learned, Position.sinusoidal)  # kinds that are no part of the scores
 
 
 class FusedNorm:
@@ -222,18 +221,6 @@ def prepare_for_decoding(
         model.fused.step = compiled_step(model, model.fused.layers)
     model.train = partial(_refuse_training, model)
     return is_fused
-
-
-def has_uniform_steps(model: object) -> bool:
-    """True for a decoder whose every step is the same operations on other numbers: what fusing and recording both need.
-
-    Positions are no distances between columns, and a token sees all columns of the cache and passes all weights.
-    """
-    if type(model) is not Decoder:
-        return False
-    c = model.config
-    sees_all = c.attention_kind is AttentionKind.full and set(model.windows) == {None} and model.virtual is None
-    return c.position in POSITIONS and sees_all and not c.n_experts
 
 
 def supports_fused_decode(model: nn.Module, *, inner: Callable[[nn.Module], nn.Module] = lambda layer: layer) -> bool:

@@ -19,6 +19,7 @@ class Layout:
     data: replicas that see different batches
     experts: replicas that hold the experts of a mixture between them
     context: devices that divide the tokens of each row; weights are sharded over them as over replicas
+    copies: of the sharded model (HSDP), each among neighbouring devices
     tensor: devices that share each layer
     stages: devices of a pipeline, each of which holds some of the layers
     micro_batches: of a batch, in a pipeline
@@ -35,6 +36,7 @@ class Layout:
     data: int = 1
     experts: int = 1
     context: int = 1
+    copies: int = 1
     tensor: int = 1
     stages: int = 1
     micro_batches: int = 1
@@ -49,12 +51,12 @@ class Layout:
 
     @property
     def devices(self) -> int:
-        return self.shards * self.tensor * self.stages
+        return self.data * self.context * self.tensor * self.stages
 
     @property
     def shards(self) -> int:
-        """Devices that see different tokens, among which ZeRO divides weights, gradients and states."""
-        return self.data * self.context
+        """Devices that see different tokens, among which ZeRO divides weights, gradients and states of a copy."""
+        return self.data * self.context // self.copies
 
     def in_flight(self, stage: int) -> float:
         """Micro-batches that a device holds at once: under 1F1B one per stage from it on (Narayanan et al. 2019).
@@ -146,10 +148,13 @@ class Memory:
         return sum(vars(self).values())
 
 
-def memory(share: Share, layout: Layout, *, activations: float, loss: float, stage: int = 0) -> Memory:
+def memory(
+    share: Share, layout: Layout, *, activations: float, loss: float, recomputed: float = 0.0, stage: int = 0
+) -> Memory:
     """Bytes of a step on one device of a stage (Rajbhandari et al. 2020, section 5: what each ZeRO stage divides).
 
     activations, loss: bytes of a whole batch on this device
+    recomputed: further activations, of a block that runs again, for one micro-batch at a time
     """
     codes = share.quantized * share.code_bytes
     weights, gradients, optimizer = states(
@@ -161,7 +166,7 @@ def memory(share: Share, layout: Layout, *, activations: float, loss: float, sta
         optimizer_bytes=share.weight_bytes * share.moments,
     )
     gathered = 0.0
-    activations *= layout.in_flight(stage) / layout.micro_batches
+    activations = (activations * layout.in_flight(stage) + recomputed) / layout.micro_batches
     if layout.zero == 3 and layout.shards > 1:
         # the current block and the next, which is prefetched, and the gradient of one, which codes do not have
         gathered = 3 * (share.largest - share.largest_quantized) * share.compute_bytes
@@ -236,7 +241,7 @@ def traffic(
     sums the experts that it holds with data / experts others.
     """
     collectives: list[Traffic] = []
-    wide = layout.shards > 1 and layout.devices > layout.per_node
+    wide = layout.shards > 1 and layout.devices // layout.copies > layout.per_node
     ring = (layout.shards - 1) / layout.shards
     # between replicas, and devices that divide rows: weights and gradients
     if layout.shards > 1 and layout.zero == 3:
@@ -251,9 +256,14 @@ def traffic(
             "reduce-scatter of gradients": passes * summed * share.weight_bytes,
         }
         collectives += [Traffic(what, n_bytes, layout.shards, wide, True) for what, n_bytes in sent.items()]
-    elif layout.data > 1:
+    elif layout.shards > 1:
         summed = 2 * ring * share.trained * share.weight_bytes
-        collectives.append(Traffic("all-reduce of gradients", summed, layout.data, wide, True))
+        collectives.append(Traffic("all-reduce of gradients", summed, layout.shards, wide, True))
+    if layout.copies > 1:
+        # of a shard, for every batch as in FSDP2
+        summed = passes * 2 * (layout.copies - 1) / layout.copies * share.trained / layout.shards * share.weight_bytes
+        wide = layout.devices > layout.per_node
+        collectives.append(Traffic("all-reduce between copies", summed, layout.copies, wide, True))
     # inside a layer, and between stages: hidden states
     crossing = tokens * n_embd * share.compute_bytes  # hidden states of a batch
     if layout.tensor > 1:

@@ -90,6 +90,13 @@ def stage_sizes(model: Model, n_ranks: int, loops: int = 1) -> list[tuple[int, i
     return [(sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)) for own in stage_parameters]
 
 
+class Activations(NamedTuple):
+    """Bytes of activations: kept until the backward pass, and beside them those of a block that runs again for it."""
+
+    kept: float
+    recomputed: float
+
+
 def activation_bytes(
     model: Model,
     *,
@@ -101,7 +108,7 @@ def activation_bytes(
     fused: bool,
     sequence_shards: int = 1,
     context: int = 1,
-) -> float:
+) -> Activations:
     """Bytes that a batch leaves for the backward pass of the layers.
 
     With recomputation the peak counts: what is kept of all blocks, and one recomputed block in full. Where rows are divided,
@@ -135,7 +142,7 @@ def activation_bytes(
     keys = rows * seq_len * 2 * config.n_kv_head * config.head_dim * itemsize if context > 1 else 0
     everything = saved_tensor_bytes(model, run)
     if every is None:
-        return everything + 2 * keys
+        return Activations(everything + 2 * keys, 0.0)
     # with it: the inputs of blocks, products if kept, and one block at a time in full
     with ResultBytes(kept_operations()) as products:
         run()
@@ -143,7 +150,8 @@ def activation_bytes(
     inputs = saved_tensor_bytes(model, run)
     n = max(1, n_recomputed(model, every))
     products_kept = products.n_bytes * n / len(model.blocks) if kind == "selective" else 0
-    return inputs + products_kept + (everything - inputs - products_kept) / n + 2 * keys
+    kept = inputs + products_kept
+    return Activations(kept, (everything - kept) / n + 2 * keys)
 
 
 def keep_exact(model: Model) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from genai_pl.errors import ConfigError
+from genai_pl.peft.quantize import QuantizedLinear
 
 OPTION = "strategy=deepspeed"
 ELEMENTWISE = (Adam, AdamW, SGD)  # optimizers that may see all weights of a rank as one vector
@@ -51,6 +52,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             raise ConfigError(f"{OPTION}: an objective that writes while it trains steps by itself; strategy=fsdp")
         if self.precision_plugin.precision.startswith("16"):
             raise ConfigError(f"{OPTION}: precision=fp16 is not supported; precision=bf16")
+        check_codes(module.model, self.zero_stage_3)
         module.strategy_clips = True
 
     def setup_environment(self) -> None:
@@ -250,6 +252,22 @@ class ZeroStrategy(DeepSpeedStrategy):
             engine._lazy_init_hp_params_optimizer_state()
 
 
+def check_codes(model: nn.Module, divides_weights: bool) -> None:
+    """ConfigError for a quantized base whose codes the engine would take for a weight, and cut as one flat vector."""
+    if divides_weights and any(isinstance(layer, QuantizedLinear) for layer in model.modules()):
+        raise ConfigError(f"peft.quantize: {OPTION} divides no codes: strategy.stage=2, or strategy=fsdp, which does")
+
+
+def check_stage(stage: int, *, offload_parameters: bool) -> None:
+    """ConfigError for a stage that ZeRO has not, or one without the parts that are to be kept in RAM."""
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"strategy.stage={stage}: ZeRO has stages 1, 2 and 3")
+    if offload_parameters and stage != 3:
+        raise ConfigError(
+            f"strategy.offload_parameters=true needs strategy.stage=3, not {stage}, where all have all weights"
+        )
+
+
 def deepspeed(*, stage: int, offload_optimizer: bool, offload_parameters: bool) -> Strategy:
     """The DeepSpeed strategy; ConfigError where the package is not installed.
 
@@ -258,8 +276,7 @@ def deepspeed(*, stage: int, offload_optimizer: bool, offload_parameters: bool) 
     """
     if find_spec("deepspeed") is None:
         raise ConfigError(f"{OPTION}: the package is not installed; pip install deepspeed, or strategy=fsdp")
-    if stage not in (1, 2, 3):
-        raise ConfigError(f"strategy.stage={stage}: ZeRO has stages 1, 2 and 3")
+    check_stage(stage, offload_parameters=offload_parameters)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it finds by itself, with a warning
     warnings.filterwarnings("ignore", "Since DeepSpeed handles gradient clipping", UserWarning)  # so does ours

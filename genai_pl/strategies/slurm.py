@@ -16,7 +16,7 @@ from lightning.fabric.plugins.environments import (
 )
 
 from genai_pl.errors import ConfigError
-from genai_pl.ranks import TASKS, started_by_srun, started_by_torch
+from genai_pl.ranks import TASKS, TORCH_VARIABLES, started_by_srun, started_by_torch
 
 PORTS = range(12_000, 32_000)  # free on most machines: system services are below, ports that Linux hands out above
 
@@ -82,6 +82,7 @@ def started_devices(options: Mapping[str, object]) -> dict[str, int]:
     options: of the group `trainer`. ConfigError where they ask for other numbers than srun was given, and for several nodes in
     a job of Slurm without srun.
     """
+    check_ranks()
     if started_by_torch():
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         return {"devices": local, "num_nodes": int(os.environ["WORLD_SIZE"]) // local}
@@ -104,6 +105,23 @@ def started_devices(options: Mapping[str, object]) -> dict[str, int]:
     if nodes not in (1, len(counts)):
         raise ConfigError(f"trainer.num_nodes={nodes}: srun has started tasks on {len(counts)}; srun --nodes={nodes}")
     return {"devices": counts[0], "num_nodes": len(counts)}
+
+
+def check_ranks() -> None:
+    """ConfigError for variables of torchrun that were set by hand: some of several processes, or ranks that there are not."""
+    names = sorted(TORCH_VARIABLES)
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    shown = " ".join(f"{name}={value}" for name, value in given.items())
+    if len(given) < len(names):
+        if "RANK" in given and given.get("WORLD_SIZE", "1") != "1":
+            missing = ", ".join(name for name in names if name not in given)
+            raise ConfigError(
+                f"{shown}, but no {missing}: start the processes by torchrun, which sets all, or unset them"
+            )
+        return
+    numbers = {name: int(value) if value.isdecimal() else -1 for name, value in given.items()}
+    if not (0 <= numbers["RANK"] < numbers["WORLD_SIZE"] and 0 <= numbers["LOCAL_RANK"] < numbers["LOCAL_WORLD_SIZE"]):
+        raise ConfigError(f"{shown}: ranks go from 0 to one less than the size; torchrun sets all of them")
 
 
 def tasks_per_node(text: str) -> list[int]:

@@ -149,8 +149,9 @@ def _print_changes(saved: list[str], arguments: list[str]) -> None:
     saved_by_key = {key_of(o): o for o in saved}
     for argument in arguments:
         key = key_of(argument)
-        if "=" in argument and key not in PER_COMMAND and saved_by_key.get(key) != argument:
-            old = f"was {value_of(saved_by_key[key])}" if key in saved_by_key else "was not given"
+        old_value = value_of(saved_by_key[key]) if key in saved_by_key else None  # quotes are no part of it
+        if "=" in argument and key not in PER_COMMAND and old_value != value_of(argument):
+            old = "was not given" if old_value is None else f"was {old_value}"
             print(f"changed     {redact(argument)} ({redact(old)})", flush=True)
 
 

@@ -301,5 +301,5 @@ def check_in_backward(config: DictConfig, run: Run) -> None:
         raise ConfigError(f"{name} keeps no gradients to add to: set trainer.accumulate_grad_batches=1")
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         raise ConfigError(f"{name} cannot skip a step that has begun: precision=bf16, not fp16")
-    if trainer.world_size > 1 or isinstance(trainer.strategy, ShardedStrategy):
+    if trainer.world_size > 1 or isinstance(trainer.strategy, (ShardedStrategy, ZeroStrategy)):
         raise ConfigError(f"{name} is for one process: with several, strategy=fsdp divides gradients")

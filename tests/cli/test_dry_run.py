@@ -5,13 +5,18 @@ import re
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from genai_pl.cli.planned_run import devices_per_node
 from genai_pl.models import n_parameters
-from tests.conftest import TINY
+from tests.conftest import TINY, some
 
 SIZE = re.compile(r"^model +([\d,]+) parameters \(([\d,]+) trainable\)", re.M)
 STEP = re.compile(r"^step .*$", re.M)
 PLAN = ("dry_run=true", "data.path=no_such_file", "plan=cpu")
+FSDP = ("trainer=fsdp", "trainer.devices=8")
+ZERO = ("strategy=deepspeed", "optimizer=adamw")
+PIPELINE = ("strategy=pipeline", "trainer.devices=2", "data.batch_size=8", "strategy.microbatches=8")
 
 
 @pytest.fixture
@@ -176,3 +181,48 @@ def test_what_cannot_be_planned_is_one_line(options: tuple[str, ...], message: s
     result = command("train", *PLAN, *options)
     assert (result.status, result.err.count("\n")) in ((1, 1), (2, 1))
     assert message in result.err
+
+
+REFUSED = (
+    (("trainer.devices=0",), "trainer.devices=0: a number of at least 1"),
+    ((*FSDP, "strategy.context_parallel_size=0"), "strategy.context_parallel_size=0: at least 1"),
+    ((*FSDP, "strategy.replicate_size=3"), "strategy.replicate_size (3) must divide"),
+    ((*FSDP, "trainer.optimizer_in_backward=true"), "trainer.optimizer_in_backward=true is for one process"),
+    ((*ZERO, "strategy.stage=4"), "strategy.stage=4: ZeRO has stages 1, 2 and 3"),
+    ((*ZERO, "strategy.offload_parameters=true"), "strategy.offload_parameters=true needs strategy.stage=3"),
+    ((*ZERO, "optimizer=muon"), "optimizer=adam, adamw, sgd"),
+    ((*ZERO, "optimizer.moments=int8"), "optimizer=adam, adamw, sgd"),
+    ((*ZERO, "strategy.stage=3", "peft=lora", "peft.quantize=nf4"), "strategy=deepspeed divides no codes"),
+    ((*ZERO, "objective=grpo"), "an objective that writes while it trains"),
+    ((*PIPELINE, "strategy.microbatches=3"), "data.batch_size (8) must be a multiple of strategy.microbatches (3)"),
+    ((*PIPELINE, "objective=dpo"), "strategy=pipeline is for clm"),
+    ((*PIPELINE, "strategy.schedule=zero_bubble", "trainer.recompute=full"), "trainer.recompute does not go with"),
+)
+
+
+@pytest.mark.parametrize(("options", "message"), some(REFUSED))
+def test_what_a_run_refuses_before_it_starts_processes_a_plan_refuses(
+    options: tuple[str, ...], message: str, command
+) -> None:
+    result = command("train", *PLAN, "tokenizer=byte", *options)
+    assert (result.status, result.err.count("\n")) in ((1, 1), (2, 1)), result.err
+    assert message in result.err
+
+
+@pytest.mark.parametrize(("devices", "n"), [("auto", 8), (-1, 8), (3, 3), ("2", 2), ("0,1", 2), ([0, 2, 3], 3)])
+def test_devices_are_counted_as_lightning_reads_them(devices: object, n: int) -> None:
+    config = {"trainer": {"devices": devices}, "plan": {"gpu": "h200", "per_node": 8}}
+    assert devices_per_node(OmegaConf.create(config)) == n
+    on_cpu = OmegaConf.create(config | {"plan": {"gpu": "cpu", "per_node": 8}})
+    assert devices_per_node(on_cpu) == (1 if n == 8 else n)
+
+
+def test_shards_in_ram_are_no_part_of_a_devices_memory(command) -> None:
+    options = ("dry_run=true", "data.path=x", "model=gpt", "tokenizer=byte", "plan=h200", "trainer=fsdp")
+    beside, offloaded = (command("train", *options, *more).out for more in ((), ("strategy.cpu_offload=true",)))
+    states = [memory(beside)[part].split() for part in ("weights", "gradients", "optimizer")]
+    assert not memory(offloaded).keys() & {"weights", "gradients", "optimizer"}
+    assert {unit for _, unit in states} == {"MiB"}
+    assert float(re.search(r"in RAM +([\d.]+) MiB", offloaded)[1]) == pytest.approx(
+        sum(float(n) for n, _ in states), 0.01
+    )

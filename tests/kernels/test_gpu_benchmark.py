@@ -19,6 +19,9 @@ STAGES = ["probe", "numbers", "decoding", "training", "attention", "cross_entrop
 def gpu(monkeypatch) -> ModuleType:
     """The command as a module; no stage of it is imported."""
     monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.delitem(
+        sys.modules, "kernels", raising=False
+    )  # transformers looks for a package of that name, and finds tests/
     return importlib.import_module("gpu")
 
 

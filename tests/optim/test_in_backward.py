@@ -2,12 +2,17 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
+from genai_pl.errors import ConfigError
 from genai_pl.optim import StepInBackward, adamw
+from genai_pl.strategies import ZeroStrategy
+from genai_pl.training.trainer import check_in_backward
 from tests.cli.test_commands import table
 from tests.conftest import TINY
 
@@ -72,6 +77,15 @@ def test_what_needs_all_gradients_is_refused_in_one_line(mistake: str, command) 
     result = command("train", *PLAIN, "trainer.optimizer_in_backward=true", mistake)
     assert (result.status, result.err.count("\n")) == (2, 1)
     assert MISTAKES[mistake] in result.err
+
+
+def test_one_process_of_deepspeed_is_refused_too_whose_engine_needs_the_gradients() -> None:
+    # without the package: what the check asks a run for
+    trainer = SimpleNamespace(world_size=1, strategy=object.__new__(ZeroStrategy), precision_plugin=None)
+    run = SimpleNamespace(module=SimpleNamespace(automatic_optimization=True), trainer=trainer)
+    config = OmegaConf.create({"trainer": {"gradient_clip_val": None, "accumulate_grad_batches": 1}})
+    with pytest.raises(ConfigError, match="is for one process"):
+        check_in_backward(config, run)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_a_layer_keeps_what_korthikanti_counted():
     for n_layer in (1, 2):
         with fake_tensors(torch.bfloat16):
             model = Decoder(ModelConfig(**{**GPT, "n_layer": n_layer}))
-            sizes.append(activation_bytes(model, rows=B, seq_len=T, **PLAIN | {"fused": True}))
+            sizes.append(sum(activation_bytes(model, rows=B, seq_len=T, **PLAIN | {"fused": True})))
     assert sizes[1] - sizes[0] == pytest.approx(32 * B * T * C + B * T * 4 * (H + 2 * 2), rel=0.02)
 
 
@@ -133,7 +133,7 @@ def test_counting_without_memory_finds_what_autograd_holds(values: dict, adapter
         return lora(model) if adapter else model
 
     with fake_tensors(torch.float32):
-        counted = activation_bytes(build(), rows=4, seq_len=32, **PLAIN)
+        counted = sum(activation_bytes(build(), rows=4, seq_len=32, **PLAIN))
     model, ids = build(), torch.zeros(4, 32, dtype=torch.long)
     target = {"decoder_input_ids": ids} if values.get("shape") == "encoder_decoder" else {}
     assert counted == saved_tensor_bytes(model, lambda: model.features(ids, **target))
@@ -187,9 +187,8 @@ def test_a_unit_that_is_gathered_has_the_experts_of_its_device():
 def test_recomputed_blocks_keep_their_input_and_selected_ones_their_products_too():
     def count(every: int | None, kind: str = "full") -> float:
         with fake_tensors(torch.float32):
-            return activation_bytes(
-                Decoder(ModelConfig(**GPT)), rows=2, seq_len=32, **{**PLAIN, "every": every, "kind": kind}
-            )
+            options = {**PLAIN, "every": every, "kind": kind}
+            return sum(activation_bytes(Decoder(ModelConfig(**GPT)), rows=2, seq_len=32, **options))
 
     def alive(every: int) -> int:
         model, ids = Decoder(ModelConfig(**GPT)), torch.zeros(2, 32, dtype=torch.long)
@@ -216,11 +215,8 @@ def test_pieces_of_sequences_leave_less_to_each_device():
                 ModelConfig(**{**GPT, "n_layer": n_layer, "head_dim": C // H}), Layout(tensor=n)
             )
             with fake_tensors(torch.bfloat16):
-                sizes.append(
-                    activation_bytes(
-                        Decoder(config), rows=B, seq_len=T, **PLAIN | {"fused": True}, sequence_shards=n_shards
-                    )
-                )
+                options = PLAIN | {"fused": True, "sequence_shards": n_shards}
+                sizes.append(sum(activation_bytes(Decoder(config), rows=B, seq_len=T, **options)))
         statistics = B * T * 4 * (H / n + 2 * 2 / n_shards)
         assert sizes[1] - sizes[0] == pytest.approx(expected * B * T * C + statistics, rel=0.02)
 
@@ -305,7 +301,7 @@ PLANS = {
 def test_a_dry_run_plans_a_model_that_no_process_here_could_hold(plan: str, command):
     strategy, *said = PLANS[plan]
     devices = "trainer.devices=64" if plan in ("fsdp", "ddp") else "trainer.devices=32"
-    result = command("train", "dry_run=true", strategy, devices, "model=llama_7b", "tokenizer=byte", "plan=a100")
+    result = command("train", "dry_run=true", strategy, devices, "model=llama_7b", "plan=a100")
     assert result.status == 0, result.err
     for words in (*said, "bottleneck: ", "tokens per second", "500 steps in", "total", "74.51 GiB of a100"):
         assert words in result.out

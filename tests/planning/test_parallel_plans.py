@@ -19,7 +19,7 @@ def test_a_device_that_computes_some_tokens_of_a_row_keeps_the_keys_and_values_o
     config = ModelConfig(**{**LLAMA, "n_layer": 2, "max_seq_len": T})
     with fake_tensors(torch.float32):
         alone, divided = (
-            activation_bytes(Decoder(config), rows=B, seq_len=T, **PLAIN | {"fused": True}, context=context)
+            sum(activation_bytes(Decoder(config), rows=B, seq_len=T, **PLAIN | {"fused": True}, context=context))
             for context in (1, n)
         )
     gathered, gradients = 2 * B * T * kv * (1 - 1 / n), 2 * B * T * kv
@@ -75,7 +75,7 @@ def test_codes_are_planned_in_place_of_weights_and_sent_in_place_of_them() -> No
             rank=4,
         )
         codes = quantized_weights(model)
-        assert activation_bytes(model, rows=1, seq_len=8, **PLAIN) > 0  # the layers run without memory
+        assert activation_bytes(model, rows=1, seq_len=8, **PLAIN).kept > 0  # the layers run without memory
     block = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 192 * 64
     assert codes == (3 * block, block, 36 / 64, 192 * 64)
     n = n_parameters(model)
@@ -86,3 +86,24 @@ def test_codes_are_planned_in_place_of_weights_and_sent_in_place_of_them() -> No
     assert held.dequantized == 4 * 192 * 64
     sent, _ = traffic(share, layout, tokens=8, n_layer=3, n_embd=64, passes=1, recomputed=0.0)
     assert sent.n_bytes == pytest.approx(2 * 3 / 4 * ((n - 3 * block) * 4 + 3 * block * 36 / 64))
+
+
+def test_copies_of_a_sharded_model_divide_states_among_fewer_devices_and_sum_gradients_between_them() -> None:
+    # HSDP (PyTorch FSDP, Zhao et al. 2023, section 3.2.2): F devices shard, N / F copies all-reduce 1 / F of the gradients
+    share, layout = Share(weights=1000, trained=1000, largest=1), Layout(data=8, copies=2, zero=3, per_node=4)
+    assert (layout.devices, layout.shards) == (8, 4)
+    held = memory(share, layout, activations=0, loss=0)
+    assert (held.weights, held.gradients, held.optimizer) == (4000 / 4, 4000 / 4, 8000 / 4)
+    sizes = {"tokens": 8, "n_layer": 1, "n_embd": 8, "passes": 3, "recomputed": 0.0}
+    gathered, scattered, between = traffic(share, layout, **sizes)
+    assert (gathered.n_bytes, gathered.group, gathered.across_nodes) == (3 * 2 * 3 / 4 * 4000, 4, False)
+    assert (scattered.n_bytes, scattered.group, scattered.across_nodes) == (3 * 3 / 4 * 4000, 4, False)
+    assert (between.n_bytes, between.group, between.across_nodes) == (3 * 2 * 1 / 2 * 1000, 2, True)
+
+
+def test_a_block_that_runs_again_is_there_for_one_micro_batch_of_a_pipeline() -> None:
+    # 1F1B: the first of 4 stages keeps what 4 of 8 micro-batches leave, and one block of one of them
+    layout, share = Layout(stages=4, micro_batches=8), Share(weights=0, trained=0, largest=0)
+    sizes = {"activations": 800.0, "recomputed": 160.0, "loss": 0.0}
+    assert [memory(share, layout, **sizes, stage=stage).activations for stage in (0, 3)] == [420, 120]
+    assert memory(share, Layout(), **sizes).activations == 960

@@ -75,6 +75,7 @@ BODIES: dict[str, list[dict]] = {
         {"input": "x", "max_output_tokens": 8, "text": {"format": {"type": "json_object"}}, "store": False},
         {"input": "x", "max_output_tokens": 4, "reasoning": {"effort": "low", "summary": "auto"}},
     ],
+    "/v1/responses/{name}/cancel": [{}],
     "/v1/responses/input_tokens": [{"input": ITEMS, "instructions": "Be brief.", "reasoning": {"effort": "none"}}],
     "/v1/messages": [
         {"model": "tiny", "max_tokens": 4, "messages": BLOCKS, "tools": [CLAUDE], "tool_choice": {"type": "auto"}},

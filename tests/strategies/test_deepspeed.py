@@ -98,6 +98,8 @@ def test_frozen_weights_and_samples(ddp: Path) -> None:
 MISTAKES = {
     "strategy=deepspeed optimizer=muon": "MuonAdamW needs whole matrices or moments of its own; optimizer=adamw",
     "strategy=deepspeed optimizer=adamw strategy.stage=4": "strategy.stage=4: ZeRO has stages 1, 2 and 3",
+    "strategy=deepspeed optimizer=adamw trainer.devices=1 trainer.optimizer_in_backward=true trainer.gradient_clip_val=null "
+    "trainer.accumulate_grad_batches=1": "trainer.optimizer_in_backward=true is for one process",
     "strategy=deepspeed optimizer=adamw callbacks=ema": "callbacks=ema needs the whole model in each process",
 }
 

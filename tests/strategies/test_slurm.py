@@ -95,3 +95,23 @@ def test_what_does_not_fit_is_refused(extra: dict[str, str], options: dict, mess
     variables({**STEP, **extra})
     with pytest.raises(ConfigError, match=message):
         started_devices({**DEFAULTS, **options})
+
+
+BY_HAND = {
+    "RANK=0 WORLD_SIZE=2 LOCAL_RANK=0": "but no LOCAL_WORLD_SIZE: start the processes by torchrun",
+    "RANK=2 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=2": "ranks go from 0 to one less than the size",
+    "RANK=1 WORLD_SIZE=2 LOCAL_RANK=2 LOCAL_WORLD_SIZE=2": "ranks go from 0 to one less than the size",
+    "RANK=x WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=2": "ranks go from 0 to one less than the size",
+}
+
+
+@pytest.mark.parametrize("given", BY_HAND)
+def test_ranks_that_were_numbered_wrongly_by_hand_are_refused(given: str, variables) -> None:
+    variables(dict(word.split("=") for word in given.split()))
+    with pytest.raises(ConfigError, match=BY_HAND[given]):
+        started_devices(DEFAULTS)
+
+
+def test_a_pod_of_one_process_needs_no_torchrun(variables) -> None:
+    variables({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"})
+    assert started_devices(DEFAULTS) == {}

@@ -15,7 +15,7 @@ import torch
 from genai_pl.atomic_io import claimed
 from genai_pl.callbacks import StepCheckpoint, newest_checkpoints
 from genai_pl.errors import ConfigError, UserError
-from genai_pl.training.resume import replay
+from genai_pl.training.resume import _print_changes, replay
 from tests.cli.test_commands import table
 from tests.conftest import ROOT, some
 
@@ -281,3 +281,8 @@ def test_what_lay_beyond_the_step_that_a_run_goes_on_from_is_set_aside(place: Pa
     names = sorted(path.name for path in Path("run/checkpoints").glob("*step=*"))
     assert names == ["aside-step=000004.ckpt", "aside-step=000006.ckpt", "step=000002.ckpt", "step=000003.ckpt"]
     assert max(table(Path("run"))) == 3
+
+
+def test_quotes_around_a_value_are_no_change_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    _print_changes(["data.path='s3://bucket/a b'", "seed=1"], ["data.path=s3://bucket/a b", "seed=2"])
+    assert capsys.readouterr().out == "changed     seed=2 (was 1)\n"
