@@ -22,7 +22,7 @@ from genai_pl.cli.planned_run import (
     planned_work,
     read_stored_config,
 )
-from genai_pl.cli.planned_strategy import check_planned_strategy
+from genai_pl.cli.planned_strategy import check_planned_strategy, kept_in_ram
 from genai_pl.config.enums import Head
 from genai_pl.config.labels import Labels
 from genai_pl.devices import DTYPES
@@ -179,20 +179,6 @@ def estimate_step(
     machine = plan_machine(config, layout)
     time = planning.step_time(machine, layout, traffic, flops=flops)
     return StepEstimate(machine, layout, memory, traffic, time, tokens, in_ram)
-
-
-def kept_in_ram(config: DictConfig) -> tuple[str, ...]:
-    """Parts of a device's memory that lie in RAM: a GPU has them only while it computes with them.
-
-    FSDP2 steps shards there. ZeRO-Offload also moves gradients with the optimizer's states (Ren et al. 2021, section 4.1).
-    """
-    strategy = config.strategy
-    if config.plan.gpu == "cpu":
-        return ()
-    if strategy.get("cpu_offload"):
-        return ("weights", "gradients", "optimizer")
-    weights = ("weights",) if strategy.get("offload_parameters") else ()
-    return (*weights, *(("gradients", "optimizer") if strategy.get("offload_optimizer") else ()))
 
 
 def model_share(

@@ -43,6 +43,20 @@ def check_planned_strategy(config: DictConfig, objective: type[BaseModule], mode
     _check_in_backward(config)
 
 
+def kept_in_ram(config: DictConfig) -> tuple[str, ...]:
+    """Parts of a device's memory that lie in RAM: a GPU has them only while it computes with them.
+
+    FSDP2 steps shards there. ZeRO-Offload also moves gradients with the optimizer's states (Ren et al. 2021, section 4.1).
+    """
+    strategy = config.strategy
+    if config.plan.gpu == "cpu":
+        return ()
+    if strategy.get("cpu_offload"):
+        return ("weights", "gradients", "optimizer")
+    weights = ("weights",) if strategy.get("offload_parameters") else ()
+    return (*weights, *(("gradients", "optimizer") if strategy.get("offload_optimizer") else ()))
+
+
 def planned_module(objective: type[BaseModule], model: Model) -> BaseModule:
     """An objective with its model, and without what only data and weights give it: enough for the checks of a strategy."""
     module = objective.__new__(objective)

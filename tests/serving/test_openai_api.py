@@ -57,6 +57,18 @@ def test_several_prompts_and_answers_are_numbered_in_order(ai) -> None:
     assert [choice.text for choice in alone.choices] == texts[2:]
 
 
+def test_a_top_k_of_every_token_is_none_as_in_vllm(ai) -> None:
+    options = {"model": "tiny", "prompt": "Once", "max_tokens": 8, "temperature": 1.5, "seed": 5}
+    texts = [
+        ai.completions.create(**options, extra_body=extra).choices[0].text
+        for extra in ({}, {"top_k": 0}, {"top_k": -1})
+    ]
+    assert len(set(texts)) == 1
+    assert texts[0] != ai.completions.create(**options, extra_body={"top_k": 1}).choices[0].text
+    with pytest.raises(openai.UnprocessableEntityError, match="top_k"):
+        ai.completions.create(**options, extra_body={"top_k": -2})
+
+
 def test_tokens_may_be_given_for_text(ai) -> None:
     options = {"model": "tiny", "max_tokens": 6, "temperature": 0}
     as_text = ai.completions.create(prompt="Once", **options).choices[0].text

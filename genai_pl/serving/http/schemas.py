@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from genai_pl.serving.errors import ApiError
 from genai_pl.serving.http.messages import JsonObject, Message, Text, Tool
 
+TOP_K_MAX = 2**31
 SEEDS = 2**63  # seeds are signed integers of 64 bits, as torch.Generator takes them
 NEUTRAL: dict[str, tuple[object, ...]] = {  # fields without effect here: the values that change nothing
     "best_of": (1,),
@@ -66,6 +67,11 @@ Bias = Annotated[
 ]
 
 
+def _all_tokens(value: object) -> object:
+    """vLLM's values of top_k for every token, 0 and -1, as a number above any vocabulary; others as they are."""
+    return TOP_K_MAX if type(value) is int and value in (0, -1) else value
+
+
 class Body(BaseModel):
     """Base of bodies; unknown fields are kept, to be refused by name here or forwarded to an upstream server."""
 
@@ -91,7 +97,7 @@ class Sampling(Body):
 
     temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(None, description="0: the likeliest token")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=TOP_K_MAX)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -136,6 +142,9 @@ class OpenAISampling(Sampling):
 
     model: Text | None = Field(None, description="the model's name, or an adapter's")
     max_tokens: Count | None = None
+    top_k: Annotated[Annotated[int, Field(ge=1, le=TOP_K_MAX)] | None, BeforeValidator(_all_tokens)] = Field(
+        None, description="0 or -1: of all tokens"
+    )
     n: Annotated[int, Field(ge=1, le=2**31)] = 1
     stop: Stop | Annotated[Text, Field(min_length=1, max_length=256)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = Field(None, description="no end token before so many")
