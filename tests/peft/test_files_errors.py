@@ -45,6 +45,9 @@ def test_tensors_that_do_not_fit_are_one_line(ours: bool, tmp_path: Path):
         "lora_B.weight of model.layers.0.self_attn.v_proj has shape|has 16 outputs here, in the file 17": {
             **tensors, name.replace("q_proj", "v_proj"): torch.zeros(17, 8)
         },
+        f"adapter_model.safetensors has numbers that are not finite, in {name}": {
+            **tensors, name: torch.full_like(tensors[name], float("nan"))
+        },
         "tensor base_model.model.score.weight fits no layer of this model": {
             **tensors, "base_model.model.score.weight": torch.zeros(2, 32)
         },

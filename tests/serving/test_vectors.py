@@ -114,3 +114,27 @@ def test_a_reward_model_gives_the_scores_of_transformers(tmp_path: Path) -> None
             score = float(model(torch.tensor([[*text, 256]])).logits)
         assert entry["score"] == pytest.approx(score, abs=1e-5)
         assert entry["n_tokens"] == len(text) + 1
+
+
+NOT_FINITE = {
+    "vector": ("/v1/embeddings", {"input": "x y"}),
+    "vector in base64": ("/v1/embeddings", {"input": ["x y", "z"], "encoding_format": "base64"}),
+    "score": ("/score", {"text": "x y"}),
+    "prompt": ("/v1/completions", {"prompt": "x y", "echo": True, "max_tokens": 0, "logprobs": 2}),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_FINITE)
+def test_values_that_are_not_finite_are_an_error_and_never_an_answer(
+    kind: str, tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, body = NOT_FINITE[kind]
+    service = make_service(tiny)
+    with torch.no_grad():
+        next(service.model.parameters()).fill_(float("nan"))
+    with serving(service) as client:
+        result = client.post(path, json=body)
+    assert result.status_code == 500
+    assert result.json()["error"]["message"].startswith("the model failed; the log has the reason (request ")
+    assert "the model's values for a request are not finite" in caplog.text
+    assert "Traceback" not in caplog.text

@@ -172,7 +172,7 @@ def _is_trained(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _read_file(path: Path, config: dict[str, object]) -> AdapterFile:
-    """The tensors and our options, beside the config; CheckpointError for a missing or damaged file."""
+    """The tensors and our options, beside the config; CheckpointError for a missing or damaged file, or a number not finite."""
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
@@ -183,4 +183,8 @@ def _read_file(path: Path, config: dict[str, object]) -> AdapterFile:
             options = json.loads((reader.metadata() or {}).get(OPTIONS, "null"))
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path.name} cannot be read ({error})") from None
+    # a run that diverged, or 16 bits that overflowed: every answer would fail, or be noise
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise CheckpointError(f"{path.name} has numbers that are not finite, in {name}: train the adapter again")
     return AdapterFile(config, tensors, options)

@@ -1,16 +1,21 @@
 """Scoring queue: embedding and scoring requests take turns slice by slice, beside the engine or in its thread."""
 
 import asyncio
+import logging
+import math
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
+
+import torch
 
 from genai_pl.serving.engine.engine import Engine
 from genai_pl.serving.engine.request import QueueFull
 from genai_pl.serving.errors import ApiError, too_busy
 from genai_pl.serving.fair_queue import FairLock
 
+log = logging.getLogger("genai_pl.serving")
 T = TypeVar("T")
 Slices = Generator[None, None, T]  # of scoring.py: every `yield` ends a slice, the return value is the result
 
@@ -74,12 +79,32 @@ class ScoringQueue:
 
 
 def _advance(slices: Slices[T]) -> tuple[bool, T | None]:
-    """(is finished, result) after one more slice.
+    """(is finished, result) after one more slice; ApiError 500 for a result with a number that is not finite.
+
+    JSON has no such number, and in base64 a client would take it for a vector.
 
     A Future cannot carry StopIteration, which would end the generator that awaits it: the result comes as a value.
     """
     try:
         next(slices)
     except StopIteration as over:
-        return True, over.value
-    return False, None
+        result = over.value
+    else:
+        return False, None
+    if not _is_finite(result):
+        log.error("the model's values for a request are not finite: it gets none")
+        raise ApiError(500, "the model failed; the log has the reason")
+    return True, result
+
+
+def _is_finite(result: object) -> bool:
+    """True unless a tensor, or a number in lists and tuples, is infinite or NaN.
+
+    >>> _is_finite([(None, ()), (-1.5, ((7, -0.5),))]), _is_finite([(-math.inf, 3)])
+    (True, False)
+    """
+    if isinstance(result, torch.Tensor):
+        return bool(result.isfinite().all())
+    if isinstance(result, list | tuple):
+        return all(map(_is_finite, result))
+    return not isinstance(result, float) or math.isfinite(result)
