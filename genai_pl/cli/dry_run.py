@@ -46,7 +46,6 @@ from genai_pl.planning.count import (
     stage_sizes,
     training_flops,
 )
-from genai_pl.training.compilation import check_compile
 from genai_pl.training.initial_model import apply_peft, check_shape, fit_to_context, new_overrides, report_unused
 from genai_pl.training.length import check_length
 from genai_pl.training.precision import plan_precision
@@ -79,7 +78,6 @@ def dry_run(config: DictConfig) -> int:
     # the same checks as a run makes, in the same order
     lengths = {name: config.trainer[name] for name in ("max_steps", "max_epochs")}
     check_length(**lengths, warmup_steps=config.scheduler.get("warmup_steps"))
-    check_compile(config)
     report_unused(config, new_overrides(config))
     objective = locate_target(config.objective._target_)
     model_config = planned_model_config(config, objective)

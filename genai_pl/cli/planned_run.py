@@ -29,6 +29,7 @@ from genai_pl.objectives.preference import WITH_REFERENCE
 from genai_pl.planning import cost_model as planning
 from genai_pl.references import folder_of, is_hub_id, resolve
 from genai_pl.strategies.pipeline_stages import LOOPED
+from genai_pl.training.compilation import check_compile
 from genai_pl.training.initial_model import check_loaded_model, model_config, new_overrides, routed_config
 from genai_pl.training.length import DEFAULT_PASSES, DEFAULT_STEPS
 from genai_pl.training.report import texts_of_row
@@ -62,6 +63,7 @@ def planned_model_config(config: DictConfig, objective: type[BaseModule]) -> Mod
     """Configuration of the model that the run would train, its vocabulary with the tokens that the objective
     needs.
     """
+    check_compile(config)
     if "name" in config.model:
         raise ConfigError("dry_run=true needs a model of our own, not model=hf: its estimates know no other")
     if config.init_from:
