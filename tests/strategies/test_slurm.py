@@ -1,5 +1,6 @@
 """Processes that srun has started: numbers, address and port, and what does not fit together."""
 
+import os
 from itertools import product
 
 import pytest
@@ -27,6 +28,7 @@ DEFAULTS = {"devices": 1, "num_nodes": 1}
 @pytest.fixture
 def variables(monkeypatch: pytest.MonkeyPatch):
     """`variables(NAME=...)`: these, and no others of a launcher."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # environments set the address for others
     others = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "GROUP_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
     for name in (*STEP, *RANK_VARIABLES, *others):
         monkeypatch.delenv(name, raising=False)
