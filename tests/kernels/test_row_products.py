@@ -234,6 +234,7 @@ def test_a_compiler_that_fails_is_started_once(
     assert "\n" not in line
 
 
+@pytest.mark.slow
 @built
 def test_a_cache_folder_that_is_a_file_is_passed_over(
     fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

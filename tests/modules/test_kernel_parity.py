@@ -59,7 +59,8 @@ def losses(kind: type[TokenModule], config: dict, backend: str) -> list[float]:
     return actual
 
 
-@pytest.mark.parametrize("case", [c if c == "clm" else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_training_with_triton_follows_the_losses_of_sdpa(case: str) -> None:
     expected = losses(*CASES[case], "sdpa")
     assert sum(expected[-5:]) < sum(expected[:5])

@@ -19,7 +19,7 @@ from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.settings import Limits
 from tests.serving.servers import make_service, running, serving
 
-EXAMPLES = 100
+EXAMPLES = 60
 SCALARS = st.one_of(
     st.none(),
     st.booleans(),
