@@ -144,6 +144,7 @@ def test_workers_share_a_port_and_their_numbers_and_a_dead_one_is_replaced(start
     assert server.printed.count("serving     tiny") == 1
     assert server.stop() == 0
     assert int(re.search(r"stopped     after (\d+) requests\n$", server.printed)[1]) >= 25
+    assert not list(tmp_path.glob("genai_pl-metrics-*"))
 
 
 @pytest.mark.slow
@@ -153,7 +154,6 @@ def test_workers_end_when_their_parent_is_killed(start, tiny: Path, tmp_path: Pa
     url = server.wait_for(f"http://127.0.0.1:{port}")
     server.process.kill()
     assert eventually(lambda: not is_ready(url), seconds=60)  # or they would serve on, and hold the port
-    assert not list(tmp_path.glob("genai_pl-metrics-*"))
 
 
 def numbers(url: str) -> str:
