@@ -10,7 +10,14 @@ from genai_pl.models import Model
 from genai_pl.modules import BaseModule
 from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.strategies import ShardedStrategy
-from genai_pl.strategies.deepspeed import ELEMENTWISE, OPTION, check_codes, check_stage
+from genai_pl.strategies.deepspeed import (
+    ELEMENTWISE,
+    OPTION,
+    check_codes,
+    check_objective,
+    check_precision,
+    check_stage,
+)
 from genai_pl.training.pipeline_rules import check_schedule
 from genai_pl.training.targets import instantiate
 
@@ -69,13 +76,11 @@ def _check_zero(config: DictConfig, module: BaseModule) -> None:
     """ConfigError for what `ZeroStrategy` refuses; its package need not be here."""
     check_stage(config.strategy.stage, offload_parameters=config.strategy.offload_parameters)
     check_codes(module.model, config.strategy.stage == 3)
-    if isinstance(module, PolicyGradientModule):
-        raise ConfigError(f"{OPTION}: an objective that writes while it trains steps by itself; strategy=fsdp")
+    check_objective(writes=isinstance(module, PolicyGradientModule))
     optimizer, names = config.optimizer._target_.rpartition(".")[2], [kind.__name__.lower() for kind in ELEMENTWISE]
     if optimizer not in names or config.optimizer.get("moments") not in (None, "fp32"):
         raise ConfigError(f"{OPTION} steps vectors of weights, with moments as wide: optimizer={', '.join(names)}")
-    if config.precision.lightning.startswith("16"):
-        raise ConfigError(f"{OPTION}: precision=fp16 is not supported; precision=bf16")
+    check_precision(config.precision.lightning)
 
 
 def _check_in_backward(config: DictConfig) -> None:

@@ -48,10 +48,8 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def check(self, module: LightningModule, *, rows: int) -> None:
         """ConfigError for a run that DeepSpeed cannot make."""
-        if not module.automatic_optimization:
-            raise ConfigError(f"{OPTION}: an objective that writes while it trains steps by itself; strategy=fsdp")
-        if self.precision_plugin.precision.startswith("16"):
-            raise ConfigError(f"{OPTION}: precision=fp16 is not supported; precision=bf16")
+        check_objective(writes=not module.automatic_optimization)
+        check_precision(self.precision_plugin.precision)
         check_codes(module.model, self.zero_stage_3)
         module.strategy_clips = True
 
@@ -256,6 +254,18 @@ def check_codes(model: nn.Module, divides_weights: bool) -> None:
     """ConfigError for a quantized base whose codes the engine would take for a weight, and cut as one flat vector."""
     if divides_weights and any(isinstance(layer, QuantizedLinear) for layer in model.modules()):
         raise ConfigError(f"peft.quantize: {OPTION} divides no codes: strategy.stage=2, or strategy=fsdp, which does")
+
+
+def check_objective(*, writes: bool) -> None:
+    """ConfigError for an objective that writes while it trains: its steps are its own."""
+    if writes:
+        raise ConfigError(f"{OPTION}: an objective that writes while it trains steps by itself; strategy=fsdp")
+
+
+def check_precision(precision: str) -> None:
+    """ConfigError for fp16. precision: its name in Lightning."""
+    if precision.startswith("16"):
+        raise ConfigError(f"{OPTION}: precision=fp16 is not supported; precision=bf16")
 
 
 def check_stage(stage: int, *, offload_parameters: bool) -> None:

@@ -12,7 +12,6 @@ from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.errors import ConfigError
 from genai_pl.models.compile_choice import BlockCall, Length, block_call
 from genai_pl.modules import BaseModule
-from genai_pl.strategies import ShardedStrategy, ZeroStrategy
 from genai_pl.training.precision import Precision
 
 AUTO = "auto"
@@ -40,7 +39,7 @@ def compile_probe(
     generated rows, in two stacks, or divided among processes. callbacks: by their names in `Run`; checkpoints keep the
     choice, the console prints it. stored: the choice in the checkpoint of a resumed run.
     """
-    is_whole = not isinstance(strategy, (ShardedStrategy, ZeroStrategy)) or strategy.gathers
+    is_whole = getattr(strategy, "gathers", True)
     is_pass = module.automatic_optimization and module.model.config.shape is not Shape.encoder_decoder
     if config.compile != AUTO or not (is_whole and is_pass):
         return None

@@ -177,7 +177,7 @@ def build_callbacks(
         "interrupt": cb.Interrupt(),
     }
     # benchmarks: text is read and written by one process, which must hold the whole model for a while
-    gathers = not isinstance(strategy, (ShardedStrategy, ZeroStrategy)) or strategy.gathers
+    gathers = getattr(strategy, "gathers", True)
     spent = callbacks["monitor"].leave_out
     benchmarks = build_benchmarks(config, model, tokenizer, gathers=gathers, say=console.say, spent=spent)
     # checkpoints, the best of them, and an early end

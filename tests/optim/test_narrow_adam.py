@@ -65,17 +65,22 @@ def test_losses_are_near_those_of_torch_in_a_fraction_of_the_bytes(
     assert moment_bytes(optimizer) == pytest.approx(BYTES[kind] * moment_bytes(torchs), rel=0.1)
 
 
+def step_both(own: torch.Tensor, optimizer: object, weight: torch.Tensor, reference: object, *, steps: int) -> None:
+    """Equal gradients for a weight in bfloat16 and for one in float32 that is rounded after each step."""
+    for step in range(steps):
+        gradient = torch.randn(256, 64, generator=torch.Generator().manual_seed(step)).bfloat16()
+        own.grad, weight.grad = gradient, gradient.float()
+        optimizer.step()
+        reference.step()
+        weight.data = weight.data.bfloat16().float()
+
+
 def test_moments_of_fp32_are_those_of_torch_beside_weights_in_bfloat16() -> None:
     """Of float32 weights that are rounded after each step."""
     model, optimizer = regression("fp32", dtype=torch.bfloat16)
     weight = model[0].weight.detach().float()
     reference = torch.optim.AdamW([weight.requires_grad_()], lr=3e-3, betas=(0.9, 0.999), weight_decay=0.01)
-    for step in range(5):
-        gradient = torch.randn(256, 64, generator=torch.Generator().manual_seed(step)).bfloat16()
-        model[0].weight.grad, weight.grad = gradient, gradient.float()
-        optimizer.step()
-        reference.step()
-        weight.data = weight.data.bfloat16().float()
+    step_both(model[0].weight, optimizer, weight, reference, steps=5)
     assert torch.equal(model[0].weight.float(), weight)
     for name in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(optimizer.state[model[0].weight][name], reference.state[weight][name])
@@ -233,12 +238,7 @@ def test_a_momentum_of_fp32_is_that_of_torch_beside_weights_in_bfloat16() -> Non
     model, optimizer = one_momentum("sgd", "fp32", torch.bfloat16)
     weight = model[0].weight.detach().float()
     reference = torch.optim.SGD([weight.requires_grad_()], lr=0.3, momentum=0.9, nesterov=True, weight_decay=0.01)
-    for step in range(4):
-        gradient = torch.randn(256, 64, generator=torch.Generator().manual_seed(step)).bfloat16()
-        model[0].weight.grad, weight.grad = gradient, gradient.float()
-        optimizer.step()
-        reference.step()
-        weight.data = weight.data.bfloat16().float()
+    step_both(model[0].weight, optimizer, weight, reference, steps=4)
     assert torch.equal(model[0].weight.float(), weight)
     with pytest.raises(ConfigError, match=r"optimizer\.moments=bf16: there are none without momentum"):
         sgd(model.named_parameters(), lr=0.1, momentum=0.0, nesterov=False, weight_decay=0.0, moments="bf16")
